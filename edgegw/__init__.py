@@ -1,0 +1,3 @@
+"""The edge gateway for energy sites."""
+
+__version__ = "0.1.0"

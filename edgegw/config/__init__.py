@@ -1,0 +1,1 @@
+"""The configuration: TOML in, frozen models out."""

@@ -1,0 +1,364 @@
+"""The configuration as frozen models: every key of the contract, its type and its default."""
+
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import parse_qs, urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from edgegw.config.units import Duration, ModbusAddress, Size
+from edgegw.domain.tag import GATEWAY_ID, NAME, ByteOrder
+
+
+def _name(text: str) -> str:
+    if not NAME.fullmatch(text):
+        raise ValueError(f"found {text!r}; expected a small letter, then small letters, digits or _, at most 63")
+    return text
+
+
+Name = Annotated[str, BeforeValidator(_name)]
+
+
+class Model(BaseModel):
+    """What every section shares: no unknown key, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+def not_yet(what: str) -> ValueError:
+    """Return the error for a key of the contract that this version does not act on."""
+    return ValueError(f"{what} is not yet available in this version; take it out")
+
+
+class Gateway(Model):
+    """Who this gateway is."""
+
+    id: str
+
+    @field_validator("id")
+    @classmethod
+    def _id(cls, text: str) -> str:
+        if not GATEWAY_ID.fullmatch(text):
+            raise ValueError(
+                f"found {text!r}; expected a letter or digit, then letters, digits, . _ or -, at most 64"
+            )
+        return text
+
+
+class Journal(Model):
+    """Where records are kept, and how much of them."""
+
+    path: str = "journal.db"
+    commit_interval: Duration = Duration(500)
+    max_size: Size = Size(1024**3)
+    keep: Duration = Duration(86_400_000)
+    when_full: Literal["thin", "drop"] = "thin"
+
+    @field_validator("commit_interval")
+    @classmethod
+    def _interval(cls, value: Duration) -> Duration:
+        if not 10 <= value <= 60_000:
+            raise ValueError(f"found {value} ms; expected 10ms to 60s")
+        return value
+
+    @field_validator("max_size")
+    @classmethod
+    def _max_size(cls, value: Size) -> Size:
+        if value < 4 * 1024**2:
+            raise ValueError(f"found {value} bytes; expected 4MiB or more")
+        return value
+
+
+def _urls(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+class Uplink(Model):
+    """The way to the upstream broker."""
+
+    url: Annotated[tuple[str, ...], BeforeValidator(_urls)] = ("mqtt://127.0.0.1:1883",)
+    topic: str = "edgegw/{gateway}"
+    protocol: Literal["auto", "5", "3.1.1"] = "auto"
+    username: str = ""
+    password_file: str = ""
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+    max_message: Size = Size(128 * 1024)
+    inflight: int = Field(32, ge=1, le=1000)
+    compression: Literal["none", "zstd"] = "none"
+    acknowledge: Literal["broker", "subscriber", "receiver"] = "broker"
+    reconnect_jitter: Duration = Duration(5_000)
+    island_after: Duration = Duration(30_000)
+    hand_back: Literal["release", "hold"] = "release"
+
+    @field_validator("url")
+    @classmethod
+    def _url(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        if not urls:
+            raise ValueError("found an empty list; expected mqtt://HOST:PORT or mqtts://HOST:PORT")
+        for url in urls:
+            _check_url(url, ("mqtt", "mqtts"), "mqtt://HOST:PORT or mqtts://HOST:PORT")
+        return urls
+
+    @field_validator("topic")
+    @classmethod
+    def _topic(cls, topic: str) -> str:
+        rest = topic.replace("{gateway}", "")
+        if not topic or any(c in rest for c in "{}+#\0") or topic[0] in "/$" or topic.endswith("/"):
+            raise ValueError(
+                f"found {topic!r}; expected a topic without wildcards, {{gateway}} its only placeholder"
+            )
+        return topic
+
+    @field_validator("max_message")
+    @classmethod
+    def _max_message(cls, value: Size) -> Size:
+        if not 1024 <= value <= 16 * 1024**2:
+            raise ValueError(f"found {value} bytes; expected 1KiB to 16MiB")
+        return value
+
+    @field_validator("acknowledge")
+    @classmethod
+    def _acknowledge(cls, value: str) -> str:
+        if value == "receiver":
+            raise not_yet('acknowledge = "receiver"')
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.acknowledge == "subscriber" and self.protocol == "3.1.1":
+            raise ValueError(
+                'acknowledge = "subscriber" needs MQTT 5, which alone tells; found protocol = "3.1.1"; expected "auto" or "5"'
+            )
+        if bool(self.cert_file) != bool(self.key_file):
+            raise ValueError("cert_file and key_file come together; found only one of them")
+        return self
+
+
+class Status(Model):
+    """The local status server."""
+
+    http: str = "127.0.0.1:8077"
+
+    @field_validator("http")
+    @classmethod
+    def _http(cls, value: str) -> str:
+        if value:
+            _check_url(f"http://{value}", ("http",), 'HOST:PORT, or "" for none')
+        return value
+
+
+def _check_url(url: str, schemes: tuple[str, ...], expected: str, *, port: bool = False) -> None:
+    try:
+        parts = urlsplit(url)
+        fine = parts.scheme in schemes and bool(parts.hostname) and (not port or parts.port is not None)
+        fine = fine and (parts.port is None or parts.port >= 0) and not parts.password
+    except ValueError:
+        fine = False
+    if not fine:
+        raise ValueError(f"found {url!r}; expected {expected}")
+
+
+class Guard(Model):
+    """The limits that stand between any write and a tag."""
+
+    writable: bool = False
+    min: float | None = None
+    max: float | None = None
+    max_step: float | None = Field(None, gt=0)
+    ramp: str | None = None
+    min_interval: Duration | None = None
+    max_per_hour: int | None = Field(None, ge=1)
+    safe: float | bool | str | None = None
+
+    @model_validator(mode="after")
+    def _limits(self) -> Self:
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"found min {self.min} above max {self.max}")
+        return self
+
+
+REGISTERS = {
+    "bool": 1, "int16": 1, "uint16": 1, "int32": 2, "uint32": 2, "int64": 4, "uint64": 4, "float32": 2, "float64": 4,
+}  # fmt: skip
+"""Registers that a value of each fixed type takes."""
+
+
+class ModbusTag(Guard):
+    """One point of a Modbus device."""
+
+    address: ModbusAddress
+    type: str
+    order: ByteOrder = ByteOrder.ABCD
+    scale: float = 1.0
+    offset: float = 0.0
+    unit: str = ""
+    deadband: float | str = 0.0
+
+    @field_validator("type")
+    @classmethod
+    def _type(cls, text: str) -> str:
+        length = text.removeprefix("string:")
+        if text in REGISTERS or (length != text and length.isdecimal() and 1 <= int(length) <= 250):
+            return text
+        raise ValueError(f"found {text!r}; expected one of {', '.join(REGISTERS)}, or string:LEN with LEN 1 to 250 bytes")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        on_bits = self.address.table in ("coil", "discrete")
+        if on_bits and self.type != "bool":
+            raise ValueError(f"a {self.address.table} holds a bool; found type {self.type!r}")
+        if not on_bits and (self.type == "bool") != (self.address.bit is not None):
+            raise ValueError(
+                f"found type {self.type!r} at {self.address}; a bool in a register names its bit, as in "
+                f"{self.address.table}:{self.address.start}.0, and only a bool does"
+            )
+        if self.writable and self.address.table in ("input", "discrete"):
+            raise ValueError(f"{self.address.table} cannot be written; found writable = true")
+        if self.type in ("bool",) or self.type.startswith("string:"):
+            if self.scale != 1.0 or self.offset != 0.0:
+                raise ValueError(f"a {self.type.partition(':')[0]} has no scale or offset")
+        elif self.scale == 0.0:
+            raise ValueError("found scale 0; expected a factor that leaves the value")
+        if self.address.start + self.registers > 65536:
+            raise ValueError(f"{self.address} with {self.registers} registers ends behind the last address, 65535")
+        return self
+
+    @property
+    def registers(self) -> int:
+        """Registers (or coils) that the value takes."""
+        if self.type.startswith("string:"):
+            return (int(self.type[7:]) + 1) // 2
+        return REGISTERS[self.type]
+
+
+class OpcUaTag(Guard):
+    """One node of an OPC UA server."""
+
+    address: str = Field(pattern=r"^(ns=\d+;)?[isgb]=.+$")
+    type: str = ""
+    scale: float = 1.0
+    offset: float = 0.0
+    unit: str = ""
+    deadband: float | str = 0.0
+
+    @field_validator("type")
+    @classmethod
+    def _type(cls, text: str) -> str:
+        if text and text.removesuffix("[]") not in (*REGISTERS, "string"):
+            raise ValueError(f"found {text!r}; expected one of {', '.join(REGISTERS)}, string, one of these with [] behind it, or nothing")
+        return text
+
+
+class Device(Model):
+    """What devices of all protocols share."""
+
+    every: Duration = Duration(1_000)
+    timeout: Duration = Duration(1_000)
+    report: Literal["all", "change"] = "all"
+    heartbeat: Duration = Duration(60_000)
+    profile: str = ""
+
+    @field_validator("every")
+    @classmethod
+    def _every(cls, value: Duration) -> Duration:
+        if value < 1:
+            raise ValueError("found less than 1ms; expected 1ms or more")
+        return value
+
+    @field_validator("timeout")
+    @classmethod
+    def _timeout(cls, value: Duration) -> Duration:
+        if not 1 <= value <= 60_000:
+            raise ValueError(f"found {value} ms; expected 1ms to 60s")
+        return value
+
+    @field_validator("report")
+    @classmethod
+    def _report(cls, value: str) -> str:
+        if value == "change":
+            raise not_yet('report = "change"')
+        return value
+
+
+class ModbusDevice(Device):
+    """A Modbus unit behind a host and port or a serial line."""
+
+    driver: Literal["modbus"]
+    url: str
+    unit: int = Field(1, ge=0, le=255)
+    max_block: int = Field(125, ge=1, le=125)
+    max_gap: int = Field(8, ge=0, le=124)
+    tags: dict[Name, ModbusTag] = Field(min_length=1)
+
+    @field_validator("url")
+    @classmethod
+    def _url(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme == "serial":
+            known = {"baudrate", "parity", "bytesize", "stopbits"}
+            unknown = set(parse_qs(parts.query)) - known
+            if not parts.path or unknown:
+                raise ValueError(f"found {url!r}; expected serial:///dev/ttyUSB0?baudrate=9600&parity=N (also {', '.join(sorted(known))})")
+        else:
+            _check_url(url, ("tcp", "tls", "rtu+tcp"), "tcp://HOST:PORT, tls://HOST:PORT, rtu+tcp://HOST:PORT or serial:///DEVICE")
+        return url
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for name, tag in self.tags.items():
+            if tag.address.table in ("holding", "input") and tag.registers > self.max_block:
+                raise ValueError(f"tag {name} takes {tag.registers} registers, more than max_block {self.max_block}")
+        return self
+
+
+class OpcUaDevice(Device):
+    """An OPC UA server."""
+
+    driver: Literal["opcua"]
+    url: str
+    mode: Literal["subscribe", "poll"] = "subscribe"
+    security: str = "None"
+    timestamp: Literal["source", "gateway"] = "source"
+    username: str = ""
+    password_file: str = ""
+    tags: dict[Name, OpcUaTag] = Field(min_length=1)
+
+    @field_validator("url")
+    @classmethod
+    def _url(cls, url: str) -> str:
+        _check_url(url, ("opc.tcp",), "opc.tcp://HOST:PORT/PATH")
+        return url
+
+    @field_validator("security", "username", "password_file")
+    @classmethod
+    def _later(cls, value: str) -> str:
+        if value not in ("", "None"):
+            raise not_yet("OPC UA security and user names")
+        return value
+
+
+AnyDevice = Annotated[ModbusDevice | OpcUaDevice, Field(discriminator="driver")]
+
+
+def _later_section(value: dict[str, Any]) -> dict[str, Any]:
+    if value:
+        raise not_yet("this section")
+    return value
+
+
+class Config(Model):
+    """The whole file."""
+
+    gateway: Gateway
+    journal: Journal = Journal()
+    uplink: Uplink = Uplink()
+    status: Status = Status()
+    device: dict[Name, AnyDevice] = Field(default_factory=dict)
+    rule: Annotated[dict[str, Any], BeforeValidator(_later_section)] = Field(default_factory=dict)
+    window: Annotated[dict[str, Any], BeforeValidator(_later_section)] = Field(default_factory=dict)
+
+    @property
+    def topic(self) -> str:
+        """The uplink's topic with the gateway's name in its place."""
+        return self.uplink.topic.replace("{gateway}", self.gateway.id)

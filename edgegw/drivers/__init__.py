@@ -1,0 +1,1 @@
+"""Drivers: one folder for each field protocol, behind the port in `base`."""

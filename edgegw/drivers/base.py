@@ -1,0 +1,37 @@
+"""The port between the gateway and a field device."""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Protocol, Self
+
+from edgegw.domain.record import Scan
+
+
+class Driver(Protocol):
+    """A device as the scanner sees it.
+
+    Entering the context starts to keep a connection and never touches the network itself; leaving it
+    closes the connection. `scan` raises `errors.DeviceError` when the device gives nothing; a tag that
+    alone is bad is a value None with a quality in the scan and harms no other tag.
+    """
+
+    period_s: float | None
+    """Seconds between the starts of two scans; None if the device itself says when (a subscription)."""
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    async def scan(self) -> Sequence[Scan]:
+        """Return the device's next readings: one scan, or one for each timestamp the source gave.
+
+        A polled device is read now. A subscribed device returns when readings have come.
+        """
+        ...
+
+    async def check(self) -> str:
+        """Connect if need be, read once, and return a line that says what was found."""
+        ...
+

@@ -1,0 +1,55 @@
+"""The error tree: the type tells what to do about it."""
+
+
+class EdgegwError(Exception):
+    """Anything edgegw raises on purpose; its text is fit for an operator."""
+
+
+class ConfigError(EdgegwError):
+    """The configuration is wrong: nothing starts, exit code 2.
+
+    `problems` holds one line for each mistake found.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class DeviceError(EdgegwError):
+    """A device did not do what was asked; the next scan may.
+
+    `reason` is the contract's short word for it (`timeout`, `refused`, `illegal-address`, ...).
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class NotConnected(DeviceError):
+    """There is no connection to the device right now; a new one is being tried with back-off."""
+
+
+class NoAnswer(DeviceError):
+    """The device is connected and did not answer in time."""
+
+
+class BadAnswer(DeviceError):
+    """What came back is not an answer to what was asked; the connection is not to be trusted."""
+
+
+class Refused(DeviceError):
+    """The device answered that it will not; it is alive."""
+
+
+class JournalError(EdgegwError):
+    """The journal cannot be written or read for now; back off and try again."""
+
+
+class JournalDamaged(JournalError):
+    """The journal's file cannot be trusted; set it aside and begin a new stream."""
+
+
+class UplinkError(EdgegwError):
+    """The broker cannot be reached or will not have us; back off and try again."""
