@@ -1,0 +1,5 @@
+"""`python -m edgegw` is the `edgegw` command."""
+
+from edgegw.cli import main
+
+main()
