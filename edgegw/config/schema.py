@@ -6,7 +6,7 @@ from urllib.parse import parse_qs, urlsplit
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from edgegw.config.units import Duration, ModbusAddress, Size
-from edgegw.domain.tag import GATEWAY_ID, NAME, ByteOrder
+from edgegw.domain.tag import GATEWAY_ID, NAME
 
 
 def _name(text: str) -> str:
@@ -21,7 +21,7 @@ Name = Annotated[str, BeforeValidator(_name)]
 class Model(BaseModel):
     """What every section shares: no unknown key, nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 def not_yet(what: str) -> ValueError:
@@ -189,7 +189,7 @@ class ModbusTag(Guard):
 
     address: ModbusAddress
     type: str
-    order: ByteOrder = ByteOrder.ABCD
+    order: Literal["ABCD", "CDAB", "BADC", "DCBA"] = "ABCD"
     scale: float = 1.0
     offset: float = 0.0
     unit: str = ""

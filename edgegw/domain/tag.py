@@ -1,7 +1,6 @@
 """Tags: the named points of a device."""
 
 import re
-from enum import StrEnum
 
 Scalar = bool | int | float | str
 Value = Scalar | list[Scalar] | None
@@ -12,11 +11,3 @@ NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 
 GATEWAY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
-
-class ByteOrder(StrEnum):
-    """Where the bytes of a value stand: A is the most significant byte."""
-
-    ABCD = "ABCD"
-    CDAB = "CDAB"
-    BADC = "BADC"
-    DCBA = "DCBA"

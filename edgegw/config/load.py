@@ -1,0 +1,128 @@
+"""Reads a configuration file, and finds everything that is wrong with it at once."""
+
+import os
+import tomllib
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from edgegw.config.lines import key_lines
+from edgegw.config.profiles import with_profiles
+from edgegw.config.schema import Config, ModbusDevice, OpcUaDevice
+from edgegw.errors import ConfigError
+
+SYSTEM_PATH = Path("/etc/edgegw/config.toml")
+
+
+def find(path: Path | None) -> Path:
+    """Return the file to load: the one given, $EDGEGW_CONFIG, the system's, or ./config.toml."""
+    if path is not None:
+        return path
+    if named := os.environ.get("EDGEGW_CONFIG"):
+        return Path(named)
+    return SYSTEM_PATH if SYSTEM_PATH.exists() else Path("config.toml")
+
+
+def load(path: Path) -> Config:
+    """Read and validate a configuration file; raise ConfigError with every problem found."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError([f"{path}: {(error.strerror or str(error)).lower()}; name the file with --config"]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path}: not UTF-8 text (byte {error.start})"]) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([f"{path}: not TOML: {error}"]) from None
+    lines = key_lines(text)
+    raw, problems = with_profiles(raw, path.parent)
+    config: Config | None = None
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        problems += [_problem(raw, found) for found in error.errors(include_url=False, include_context=True)]
+    if problems or config is None:
+        raise ConfigError([_located(path, lines, where, what) for where, what in problems])
+    return config
+
+
+def journal_path(config: Config, config_path: Path) -> Path:
+    """Return where the journal's file is: relative to $STATE_DIRECTORY if set, else to the configuration."""
+    state = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+    return (Path(state) if state else config_path.parent) / config.journal.path
+
+
+def secret(path: str, config_path: Path) -> str:
+    """Return the secret in a file, `%d/` standing for systemd's credentials; raise ConfigError."""
+    name = path.replace("%d", os.environ.get("CREDENTIALS_DIRECTORY", "%d"), 1)
+    try:
+        return (config_path.parent / name).read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read: {error}; expected a file that holds the password"]) from None
+
+
+Problem = tuple[tuple[str, ...], str]
+
+
+def _located(path: Path, lines: dict[tuple[str, ...], int], where: tuple[str, ...], what: str) -> str:
+    line = next((lines[where[:n]] for n in range(len(where), 0, -1) if where[:n] in lines), None)
+    place = f"{path}:{line}" if line else str(path)
+    return f"{place}: {'.'.join(where)}: {what}" if where else f"{place}: {what}"
+
+
+_DRIVERS = {"modbus": ModbusDevice, "opcua": OpcUaDevice}
+
+
+def _problem(raw: dict[str, Any], found: Any) -> Problem:
+    """Turn one of pydantic's errors into a place and an operator's sentence."""
+    kind, value, context = found["type"], found["input"], found.get("ctx", {})
+    where = tuple(str(part) for part in found["loc"])
+    if where[:1] == ("device",) and len(where) > 2 and where[2] in _DRIVERS:
+        where = (*where[:2], *where[3:])  # the discriminator's value is no key
+    if where[-1:] == ("[key]",):
+        where = where[:-1]
+    match kind:
+        case "extra_forbidden":
+            return where, _unknown(where, raw)
+        case "missing":
+            return where, "missing; it has no default"
+        case "value_error":
+            return where, str(context["error"])
+        case "literal_error" | "enum":
+            return where, f"found {value!r}; expected {context['expected']}"
+        case "union_tag_invalid":
+            return (*where, "driver"), f"found {context['tag']!r}; expected {context['expected_tags']}"
+        case "union_tag_not_found":
+            return (*where, "driver"), "missing; expected 'modbus' or 'opcua'"
+        case "model_type" | "dict_type" | "model_attributes_type":
+            return where, f"found {value!r}; expected a table"
+        case "too_short":
+            return where, "is empty; expected at least one"
+        case "string_pattern_mismatch":
+            return where, f"found {value!r}; expected a node id as in ns=2;s=Name or i=2258"
+        case "tuple_type":
+            return where, f"found {value!r}; expected a string or a list of strings"
+    message = found["msg"]
+    return where, f"found {value!r}; {message[0].lower()}{message[1:]}"
+
+
+def _unknown(where: tuple[str, ...], raw: dict[str, Any]) -> str:
+    near = get_close_matches(where[-1], _keys_at(where[:-1], raw), n=1, cutoff=0.5)
+    return "unknown key" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _keys_at(where: tuple[str, ...], raw: dict[str, Any]) -> list[str]:
+    """Return the keys that may stand in the table at this place."""
+    model: Any = Config
+    here: Any = raw
+    for part in where:
+        here = here.get(part) if isinstance(here, dict) else None
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            model = model.model_fields[part].annotation
+        elif args := get_args(model):  # dict[Name, what]
+            model = args[1]
+        if not isinstance(model, type) and isinstance(here, dict) and "driver" in here:
+            model = _DRIVERS.get(here["driver"], model)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []

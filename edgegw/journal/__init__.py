@@ -1,0 +1,1 @@
+"""The journal: every record, in order, on disk before anyone else hears of it."""

@@ -1,0 +1,110 @@
+"""Records to batches: the one place where a record becomes bytes."""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import msgspec
+import zstandard
+
+from edgegw.domain import batch as batches
+from edgegw.domain.batch import Batch, Kind
+from edgegw.domain.quality import TOO_LARGE
+from edgegw.domain.record import Event, Record, Scan, wire
+from edgegw.domain.tag import Value
+
+_encoder = msgspec.json.Encoder()
+
+
+class Group(NamedTuple):
+    """Encoded records that will be one batch, once they get their numbers."""
+
+    kind: Kind
+    ts: int
+    records: list[bytes]
+    size: int
+
+
+def group(records: Iterable[Record], max_message: int) -> list[Group]:
+    """Encode records and group them into batches of at most `max_message` bytes of JSON.
+
+    Events come first, then data, each in their order. A scan too large for a message is split; a single value
+    too large for one is left out and marked so.
+    """
+    limit = max_message - batches.HEAD_ROOM
+    events: list[Record] = []
+    data: list[Record] = []
+    for record in records:
+        (events if isinstance(record, Event) else data).append(record)
+    return [*_pack(Kind.EVENT, events, limit), *_pack(Kind.DATA, data, limit)]
+
+
+def _pack(kind: Kind, records: list[Record], limit: int) -> Iterator[Group]:
+    parts: list[bytes] = []
+    size = ts = 0
+    encode = _encoder.encode
+    for record in records:
+        part = encode(wire(record))
+        if len(part) >= limit:
+            fitting = _shrunk(record, limit)
+        else:
+            fitting = ((record.ts, part),)
+        for part_ts, part in fitting:
+            if size + len(part) + 1 > limit and parts:
+                yield Group(kind, ts, parts, size)
+                parts, size, ts = [], 0, 0
+            parts.append(part)
+            size += len(part) + 1
+            if part_ts > ts:
+                ts = part_ts
+    if parts:
+        yield Group(kind, ts, parts, size)
+
+
+def _shrunk(record: Record, limit: int) -> list[tuple[int, bytes]]:
+    """Encode a record that is too large for a message as several that are not."""
+    if isinstance(record, Scan):
+        return [(scan.ts, part) for scan in _split(record, limit) if (part := _encoder.encode(scan))]
+    note = {"ts": record.ts, "event": getattr(record, "event", "config"), "error": "too large for a message and left out"}
+    return [(record.ts, _encoder.encode(note))]
+
+
+def _split(scan: Scan, limit: int) -> Iterator[Scan]:
+    quality = scan.quality or {}
+    if len(scan.values) == 1:
+        (tag,) = scan.values
+        fits = len(_encoder.encode(scan)) < limit
+        yield scan if fits else msgspec.structs.replace(scan, values={tag: None}, quality={tag: TOO_LARGE})
+        return
+    items: list[tuple[str, Value]] = list(scan.values.items())
+    for half in (items[: len(items) // 2], items[len(items) // 2 :]):
+        part = Scan(scan.ts, scan.device, dict(half), {tag: quality[tag] for tag, _ in half if tag in quality} or None)
+        if len(_encoder.encode(part)) < limit:
+            yield part
+        else:
+            yield from _split(part, limit)
+
+
+class Sealer:
+    """Gives groups their numbers and links: from here on a batch never changes."""
+
+    def __init__(self, gateway: str, stream: str, head: int, digest: bytes) -> None:
+        self.head = head
+        self.digest = digest
+        self._gateway = gateway
+        self._stream = stream
+        self._compress = zstandard.ZstdCompressor(level=1).compress
+
+    def seal(self, made: Group, clock: str) -> tuple[Batch, bytes]:
+        """Return the next batch of the stream and its JSON bytes."""
+        seq, count = self.head + 1, len(made.records)
+        head = batches.head(self._gateway, self._stream, seq, count, made.kind, self.digest, clock)
+        body = b"".join((head, b",".join(made.records), batches.TAIL))
+        self.digest = batches.digest(body)
+        self.head += count
+        return Batch(seq, count, made.kind, self.digest, len(body), self._compress(body)), body
+
+    def skip(self, count: int) -> tuple[int, int]:
+        """Pass over seqs whose records are lost; return the first and the last of them."""
+        first = self.head + 1
+        self.head += count
+        return first, self.head
