@@ -18,8 +18,8 @@ def with_profiles(raw: dict[str, Any], folder: Path) -> tuple[dict[str, Any], li
     devices = raw.get("device")
     if not isinstance(devices, dict):
         return raw, []
-    problems = []
-    merged = {}
+    problems: list[tuple[tuple[str, ...], str]] = []
+    merged: dict[str, Any] = {}
     for name, device in devices.items():
         merged[name] = device
         wanted = device.get("profile") if isinstance(device, dict) else None

@@ -43,12 +43,8 @@ def _pack(kind: Kind, records: list[Record], limit: int) -> Iterator[Group]:
     size = ts = 0
     encode = _encoder.encode
     for record in records:
-        part = encode(wire(record))
-        if len(part) >= limit:
-            fitting = _shrunk(record, limit)
-        else:
-            fitting = ((record.ts, part),)
-        for part_ts, part in fitting:
+        whole = encode(wire(record))
+        for part_ts, part in _shrunk(record, limit) if len(whole) >= limit else ((record.ts, whole),):
             if size + len(part) + 1 > limit and parts:
                 yield Group(kind, ts, parts, size)
                 parts, size, ts = [], 0, 0
@@ -63,7 +59,7 @@ def _pack(kind: Kind, records: list[Record], limit: int) -> Iterator[Group]:
 def _shrunk(record: Record, limit: int) -> list[tuple[int, bytes]]:
     """Encode a record that is too large for a message as several that are not."""
     if isinstance(record, Scan):
-        return [(scan.ts, part) for scan in _split(record, limit) if (part := _encoder.encode(scan))]
+        return [(scan.ts, _encoder.encode(scan)) for scan in _split(record, limit)]
     note = {"ts": record.ts, "event": getattr(record, "event", "config"), "error": "too large for a message and left out"}
     return [(record.ts, _encoder.encode(note))]
 

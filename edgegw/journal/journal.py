@@ -35,6 +35,8 @@ WAITING_BYTES = 16 * 1024**2
 """Encoded records that may wait for the disk."""
 TRANSACTION_BYTES = 2 * 1024**2
 """Encoded records in one transaction, so that the WAL stays within its share."""
+READ_BYTES = 2 * 1024**2
+"""JSON read back at once for sending."""
 ACKED_EVERY_S = 10.0
 PRUNE_EVERY_S = 10.0
 RETRY_S = 1.0
@@ -160,21 +162,17 @@ class Journal:
         """
         return await self._loop.run_in_executor(self._readers, self._read, first, last, limit)
 
-    def condition(self) -> Condition:
+    async def condition(self) -> Condition:
         """Return the journal's figures."""
         with self._lock:
             acked, covered = self._settled.prefix(), self._settled.total()
             pending = self._pending_batches
-            first_gap = next(self._settled.gaps(1, self.head), None)
-        oldest = None
-        if first_gap and self._reader:
-            try:
-                oldest = self._reader.oldest_ts(*first_gap)
-            except JournalError:
-                oldest = None
+            unsent = next(self._settled.gaps(1, self.head), None)
+        oldest = await self._loop.run_in_executor(self._readers, self._oldest_ts, *unsent) if unsent else None
         return Condition(
-            self.stream, self.head, acked, pending, max(0, self.head - covered), size_bytes(self.path), oldest, self.error
-        )
+            self.stream, self.head, acked, pending, max(0, self.head - covered),
+            size_bytes(self.path), oldest, self.error,
+        )  # fmt: skip
 
     async def close(self, timeout_s: float = 10.0) -> bool:
         """Commit what is left and close the file; tell whether all of it became durable."""
@@ -182,13 +180,24 @@ class Journal:
         self._wake.set()
         await asyncio.to_thread(self._thread.join, timeout_s)
         self._readers.shutdown(wait=False, cancel_futures=True)
+        if self._reader is not None:
+            self._reader.close()
         return not self._thread.is_alive() and not self._waiting and not self._inbox
 
-    def _read(self, first: int, last: int, limit: int) -> list[tuple[Batch, bytes]]:
-        if self._reader is None or self._reader.path != self.path:
+    def _open_reader(self) -> Reader:
+        if self._reader is None:
             self._reader = Reader(self.path)
+        return self._reader
+
+    def _oldest_ts(self, first: int, last: int) -> int | None:
+        try:
+            return self._open_reader().oldest_ts(first, last)
+        except JournalError:
+            return None  # the writer's own error is shown
+
+    def _read(self, first: int, last: int, limit: int) -> list[tuple[Batch, bytes]]:
         found = []
-        for batch in self._reader.batches(first, last, limit=limit):
+        for batch in self._open_reader().batches(first, last, limit=limit, max_bytes=READ_BYTES):
             try:
                 found.append((batch, unpack(batch)))
             except JournalDamaged as error:

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import apsw
 import zstandard
@@ -144,7 +144,7 @@ class Store:
     def oldest(self, first: int, last: int, limit: int) -> list[Stored]:
         """Return the oldest batches that begin within `first` to `last`, never the newest of all."""
         with _mapped(self.path, "read"):
-            rows = self._open.execute(
+            rows: Any = self._open.execute(
                 "SELECT seq, seq + count - 1, ts, digest, length(packed) FROM batch"
                 " WHERE seq BETWEEN ? AND ? AND seq < (SELECT max(seq) FROM batch) ORDER BY seq LIMIT ?",
                 (first, last, limit),
@@ -154,7 +154,7 @@ class Store:
     def batch(self, seq: int) -> Stored | None:
         """Return what is known of the batch that begins with `seq`."""
         with _mapped(self.path, "read"):
-            row = self._open.execute(
+            row: Any = self._open.execute(
                 "SELECT seq, seq + count - 1, ts, digest, length(packed) FROM batch WHERE seq = ?", (seq,)
             ).fetchone()
         return Stored(*row) if row else None
@@ -162,10 +162,11 @@ class Store:
     def pending_batches(self, settled: Ranges, head: int) -> int:
         """Count the batches that are not settled."""
         with _mapped(self.path, "read"):
-            return sum(
-                int(self._open.execute("SELECT count(*) FROM batch WHERE seq BETWEEN ? AND ?", gap).get)
+            counts: list[Any] = [
+                self._open.execute("SELECT count(*) FROM batch WHERE seq BETWEEN ? AND ?", gap).get
                 for gap in settled.gaps(1, head)
-            )
+            ]
+        return sum(counts)
 
 
 class Reader:
@@ -198,49 +199,68 @@ class Reader:
         with _mapped(self.path, "read"):
             return _acked(self._db)
 
-    def batches(self, first: int, last: int, *, limit: int = 1 << 62) -> list[Batch]:
-        """Return the batches that begin within `first` to `last`, in order, at most `limit`."""
+    def batches(self, first: int, last: int, *, limit: int, max_bytes: int = 1 << 62) -> list[Batch]:
+        """Return the batches that begin within `first` to `last`, in order.
+
+        At most `limit` of them, and no more once they come to `max_bytes` of JSON.
+        """
+        found: list[Batch] = []
         with _mapped(self.path, "read"):
-            rows = self._db.execute(
-                "SELECT seq, count, kind, digest, size, packed FROM batch WHERE seq BETWEEN ? AND ? ORDER BY seq LIMIT ?",
+            rows: Any = self._db.execute(
+                "SELECT seq, count, kind, digest, size, packed FROM batch"
+                " WHERE seq BETWEEN ? AND ? ORDER BY seq LIMIT ?",
                 (first, last, limit),
-            ).fetchall()
-        return [Batch(seq, count, Kind(kind), digest, size, packed) for seq, count, kind, digest, size, packed in rows]
+            )
+            total = 0
+            for seq, count, kind, digest, size, packed in rows:
+                found.append(Batch(seq, count, Kind(kind), digest, size, packed))
+                total += size
+                if total >= max_bytes:
+                    break
+            rows.close(True)
+        return found
 
     def newest(self, limit: int) -> list[Batch]:
         """Return the newest batches, oldest first."""
         with _mapped(self.path, "read"):
-            row = self._db.execute("SELECT min(seq) FROM (SELECT seq FROM batch ORDER BY seq DESC LIMIT ?)", (limit,)).get
-        return self.batches(row, 1 << 62) if row else []
+            first: Any = self._db.execute(
+                "SELECT min(seq) FROM (SELECT seq FROM batch ORDER BY seq DESC LIMIT ?)", (limit,)
+            ).get
+        return self.batches(first, 1 << 62, limit=limit) if first else []
 
     def figures(self, settled: Ranges) -> "Figures":
         """Count what is there."""
         head = self.tip().head
         with _mapped(self.path, "read"):
-            batches, records, json_bytes, stored = self._db.execute(
-                "SELECT count(*), coalesce(sum(count), 0), coalesce(sum(size), 0), coalesce(sum(length(packed)), 0) FROM batch"
+            totals: Any = self._db.execute(
+                "SELECT count(*), coalesce(sum(count), 0), coalesce(sum(size), 0),"
+                " coalesce(sum(length(packed)), 0) FROM batch"
             ).fetchone()
             pending, oldest = 0, None
             for gap in settled.gaps(1, head):
-                count, ts = self._db.execute("SELECT count(*), min(ts) FROM batch WHERE seq BETWEEN ? AND ?", gap).fetchone()
+                row: Any = self._db.execute("SELECT count(*), min(ts) FROM batch WHERE seq BETWEEN ? AND ?", gap)
+                count, ts = row.fetchone()
                 pending += count
-                oldest = ts if oldest is None else min(oldest, ts or oldest)
-        return Figures(batches, records, json_bytes, stored, pending, oldest)
+                oldest = oldest if ts is None or (oldest is not None and oldest < ts) else ts
+        return Figures(*totals, pending, oldest)
 
     def oldest_ts(self, first: int, last: int) -> int | None:
         """Return the time of the first batch that begins within `first` to `last`, None if there is none."""
         with _mapped(self.path, "read"):
-            row = self._db.execute("SELECT ts FROM batch WHERE seq BETWEEN ? AND ? ORDER BY seq LIMIT 1", (first, last)).fetchone()
+            row: Any = self._db.execute(
+                "SELECT ts FROM batch WHERE seq BETWEEN ? AND ? ORDER BY seq LIMIT 1", (first, last)
+            ).fetchone()
         return row[0] if row else None
 
 
 def _tip(db: apsw.Connection) -> Tip:
-    row = db.execute("SELECT seq + count - 1, digest FROM batch ORDER BY seq DESC LIMIT 1").fetchone()
+    row: Any = db.execute("SELECT seq + count - 1, digest FROM batch ORDER BY seq DESC LIMIT 1").fetchone()
     return Tip(*row) if row else Tip(0, GENESIS)
 
 
 def _acked(db: apsw.Connection) -> Ranges:
-    return Ranges(db.execute("SELECT first, last FROM acked ORDER BY first").fetchall())
+    rows: Any = db.execute("SELECT first, last FROM acked ORDER BY first").fetchall()
+    return Ranges(rows)
 
 
 class Figures(NamedTuple):

@@ -1,0 +1,1 @@
+"""Modbus over TCP, TLS, RTU over TCP and serial lines."""

@@ -1,0 +1,130 @@
+"""The Modbus driver: plans a device's reads once, then asks and decodes block by block."""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from edgegw import clock
+from edgegw.config.schema import ModbusDevice
+from edgegw.domain import quality
+from edgegw.domain.record import Scan
+from edgegw.domain.tag import Value
+from edgegw.drivers.modbus import pdu
+from edgegw.drivers.modbus.plan import Block, plan, split
+from edgegw.drivers.modbus.registers import Decoded, compile_block
+from edgegw.drivers.modbus.transport import Transport
+from edgegw.drivers.session import Session, Sessions
+from edgegw.errors import BadAnswer, DeviceError, NoAnswer, Refused
+
+log = logging.getLogger(__name__)
+
+_HOLES = ("illegal-function", "illegal-address", "illegal-value")
+"""Refusals that say something about the block asked for, not about the device's health."""
+
+
+class _Read(NamedTuple):
+    """A block, ready to be asked for and decoded."""
+
+    block: Block
+    request: bytes
+    names: tuple[str, ...]
+    decode: Callable[[bytes], Decoded]
+
+
+class ModbusDriver:
+    """One Modbus unit. Its connection is shared with the other units behind the same url."""
+
+    def __init__(self, name: str, config: ModbusDevice, sessions: Sessions[Transport]) -> None:
+        self.period_s: float | None = config.every.s
+        self._name = name
+        self._config = config
+        self._sessions = sessions
+        self._timeout_s = config.timeout.s
+        self._reads = [_read(block) for block in plan(config.tags, config.max_block, config.max_gap)]
+        self._session: Session[Transport] | None = None
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        lease = self._sessions.lease(self._config.url, self._timeout_s)
+        self._session = await self._stack.enter_async_context(lease)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def scan(self) -> Sequence[Scan]:
+        """Read all tags; raise DeviceError if the device as a whole does not answer."""
+        try:
+            return await self._scan()
+        except DeviceError as error:
+            raise type(error)(error.reason, f"{self._where}: {error}") from None
+
+    async def check(self) -> str:
+        """Connect, read once, and return a line that says what was found."""
+        (scan,) = await self.scan()
+        bad = [f"{tag} {why}" for tag, why in (scan.quality or {}).items()]
+        reads = f"{len(scan.values)} tags in {len(self._reads)} reads"
+        return f"{self._where}: {reads}" + (f"; not good: {', '.join(bad)}" if bad else "")
+
+    @property
+    def _where(self) -> str:
+        return f"device.{self._name} ({self._config.url} unit {self._config.unit})"
+
+    async def _scan(self) -> Sequence[Scan]:
+        assert self._session is not None
+        transport = await self._session.ready()
+        values: dict[str, Value] = {}
+        qualities: dict[str, str] = {}
+        try:
+            for read in tuple(self._reads):
+                await self._ask(transport, read, values, qualities)
+        except (NoAnswer, BadAnswer):
+            if not transport.connected:
+                self._session.lost()
+            raise
+        return (Scan(clock.wall_ms(), self._name, values, qualities or None),)
+
+    async def _ask(
+        self, transport: Transport, read: _Read, values: dict[str, Value], qualities: dict[str, str]
+    ) -> None:
+        try:
+            answer = await transport.call(self._config.unit, read.request, self._timeout_s)
+            data = pdu.read_answer(read.request, answer)
+        except Refused as error:
+            if error.reason.startswith("gateway-"):
+                raise NoAnswer(error.reason, str(error)) from None
+            if error.reason in _HOLES and len(read.names) > 1:
+                await self._find_holes(transport, read, values, qualities)
+                return
+            for name in read.names:
+                values[name] = None
+                qualities[name] = quality.bad(error.reason)
+            return
+        decoded, bad = read.decode(data)
+        values.update(zip(read.names, decoded, strict=True))
+        if bad:
+            qualities.update(bad)
+
+    async def _find_holes(
+        self, transport: Transport, read: _Read, values: dict[str, Value], qualities: dict[str, str]
+    ) -> None:
+        """Read each tag of a refused block by itself, now and from now on."""
+        singles = [_read(block) for block in split(read.block)]
+        at = self._reads.index(read)
+        self._reads[at : at + 1] = singles
+        block = read.block
+        log.warning(
+            "%s: refuses to read %s %d to %d in one; its %d tags are read one by one",
+            self._where, block.table, block.start, block.start + block.size - 1, len(singles),
+        )  # fmt: skip
+        for single in singles:
+            await self._ask(transport, single, values, qualities)
+
+
+def _read(block: Block) -> _Read:
+    request = pdu.read_request(block.function, block.start, block.size)
+    return _Read(block, request, tuple(placed.name for placed in block.tags), compile_block(block))

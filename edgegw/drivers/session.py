@@ -1,0 +1,116 @@
+"""Sessions: one connection for each endpoint, kept up for as long as any device uses it."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Generic, Protocol, TypeVar
+
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+
+from edgegw.errors import NotConnected
+
+log = logging.getLogger(__name__)
+
+RETRY_FIRST_S = 0.2
+RETRY_MOST_S = 5.0
+
+
+class Connection(Protocol):
+    """What a session keeps up."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether it can be used."""
+        ...
+
+    async def connect(self, timeout_s: float) -> None:
+        """Connect; raise NotConnected."""
+        ...
+
+    def close(self) -> None:
+        """Close, at once."""
+        ...
+
+
+C = TypeVar("C", bound=Connection)
+
+
+class Session(Generic[C]):
+    """Connects, and connects again with jittered exponential back-off whenever the connection is gone."""
+
+    def __init__(self, connection: C, timeout_s: float) -> None:
+        self.connection = connection
+        self._timeout_s = timeout_s
+        self._lost = asyncio.Event()
+        self._lost.set()
+        self._tried = asyncio.Event()
+        self._failure: NotConnected | None = None
+
+    async def run(self) -> None:
+        """Keep the connection until cancelled."""
+        try:
+            while True:
+                async for attempt in AsyncRetrying(
+                    retry=retry_if_exception_type(NotConnected),
+                    wait=wait_random_exponential(multiplier=RETRY_FIRST_S, max=RETRY_MOST_S),
+                    before_sleep=self._failed,
+                ):
+                    with attempt:
+                        await self.connection.connect(self._timeout_s)
+                self._failure = None
+                self._lost.clear()
+                self._tried.set()
+                await self._lost.wait()
+        finally:
+            self.connection.close()
+
+    def _failed(self, state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        self._failure = error if isinstance(error, NotConnected) else None
+        self._tried.set()
+
+    async def ready(self) -> C:
+        """Return the connection; wait for one attempt after a loss, raise NotConnected if that fails."""
+        if not self.connection.connected:
+            self.lost()
+            await self._tried.wait()
+            if not self.connection.connected:
+                raise self._failure or NotConnected("connection-lost", "the connection is gone; a new one is being tried")
+        return self.connection
+
+    def lost(self) -> None:
+        """Say that the connection is gone or not to be trusted: it is closed and made anew."""
+        if not self._lost.is_set():
+            self.connection.close()
+            self._tried.clear()
+            self._lost.set()
+
+
+class Sessions(Generic[C]):
+    """The sessions of a protocol, one for each endpoint, each open while it is leased."""
+
+    def __init__(self, connect: Callable[[str], C]) -> None:
+        self._connect = connect
+        self._open: dict[str, tuple[Session[C], asyncio.Task[None], int]] = {}
+
+    @asynccontextmanager
+    async def lease(self, url: str, timeout_s: float) -> AsyncIterator[Session[C]]:
+        """Use the endpoint's session; the last to leave closes it."""
+        session, task, users = self._open.get(url) or self._start(url, timeout_s)
+        self._open[url] = (session, task, users + 1)
+        try:
+            yield session
+        finally:
+            session, task, users = self._open.pop(url)
+            if users > 1:
+                self._open[url] = (session, task, users - 1)
+            else:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+    def _start(self, url: str, timeout_s: float) -> tuple[Session[C], asyncio.Task[None], int]:
+        session = Session(self._connect(url), timeout_s)
+        return session, asyncio.create_task(session.run(), name=f"session {url}"), 0
