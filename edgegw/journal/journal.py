@@ -51,6 +51,13 @@ class Committed(NamedTuple):
     bodies: list[bytes]
 
 
+class Found(NamedTuple):
+    """Batches read back, with their JSON bytes if these are sound, and how far was looked."""
+
+    batches: list[tuple[Batch, bytes | None]]
+    through: int
+
+
 class Condition(NamedTuple):
     """The journal as the status shows it."""
 
@@ -155,10 +162,10 @@ class Journal:
         with self._lock:
             return self._settled.copy()
 
-    async def read(self, first: int, last: int, limit: int) -> list[tuple[Batch, bytes]]:
-        """Return up to `limit` batches of `first` to `last` with their JSON bytes, each checked.
+    async def read(self, first: int, last: int, limit: int) -> Found:
+        """Return up to `limit` batches of `first` to `last`, each checked.
 
-        A batch whose bytes are not what was once written is handed to the writer, which names it in a gap.
+        A batch whose bytes are not what was once written comes without them, and is named in a gap event.
         """
         return await self._loop.run_in_executor(self._readers, self._read, first, last, limit)
 
@@ -195,15 +202,18 @@ class Journal:
         except JournalError:
             return None  # the writer's own error is shown
 
-    def _read(self, first: int, last: int, limit: int) -> list[tuple[Batch, bytes]]:
-        found = []
-        for batch in self._open_reader().batches(first, last, limit=limit, max_bytes=READ_BYTES):
+    def _read(self, first: int, last: int, limit: int) -> Found:
+        batches = self._open_reader().batches(first, last, limit=limit, max_bytes=READ_BYTES)
+        found: list[tuple[Batch, bytes | None]] = []
+        for batch in batches:
             try:
                 found.append((batch, unpack(batch)))
             except JournalDamaged as error:
                 log.error("journal: %s; it is left out and named in a gap event", error)
                 self._inbox.append(Stored(batch.seq, batch.last, 0, batch.digest, len(batch.packed)))
-        return found
+                found.append((batch, None))
+        whole = len(batches) < limit and sum(batch.size for batch in batches) < READ_BYTES
+        return Found(found, last if whole else batches[-1].last)
 
     # -- the writer's thread -----------------------------------------------------------------------------
 

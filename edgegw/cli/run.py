@@ -1,0 +1,35 @@
+"""`edgegw run`: the daemon."""
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+
+import click
+
+from edgegw.cli.options import config_option
+
+
+@click.command("run")
+@config_option
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
+def command(config_path: Path | None, log_level: str) -> None:
+    """Run the gateway in the foreground.
+
+    SIGTERM stops it with nothing that was read lost; SIGHUP takes the configuration's devices anew and keeps the
+    unchanged ones running.
+    """
+    import uvloop
+
+    from edgegw.config.load import find, load
+    from edgegw.gateway import Gateway
+
+    logging.basicConfig(stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    path = find(config_path)
+    config = load(path)
+
+    async def main() -> None:
+        await Gateway(config, path).run()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())

@@ -1,0 +1,161 @@
+"""The composition root: from a configuration to running services, in order, and back."""
+
+import asyncio
+import logging
+import signal
+from pathlib import Path
+from typing import Any
+
+from edgegw import __version__, clock
+from edgegw.config.load import journal_path, load
+from edgegw.config.schema import Config, Device
+from edgegw.domain.record import Event, Scan
+from edgegw.drivers.registry import Drivers
+from edgegw.errors import ConfigError
+from edgegw.journal.journal import Journal
+from edgegw.runtime.notify import Notifier
+from edgegw.runtime.supervisor import Supervisor
+from edgegw.scan.scanner import Scanner
+from edgegw.status.server import StatusServer
+from edgegw.uplink.link import Link
+from edgegw.uplink.uplink import UplinkService
+
+log = logging.getLogger(__name__)
+
+
+class Gateway:
+    """A gateway from its start to its end."""
+
+    def __init__(self, config: Config, config_path: Path) -> None:
+        self._config = config
+        self._config_path = config_path
+        self._started_ms = clock.wall_ms()
+        self._drivers = Drivers()
+        self._services = Supervisor()
+        self._scanners: dict[str, Scanner] = {}
+        self._image: dict[str, Scan] = {}
+        path = journal_path(config, config_path)
+        self._journal = Journal(path, config.gateway.id, config.journal, config.uplink.max_message)
+        self._uplink = UplinkService(config, config_path, self._journal, self._link_changed)
+        self._notifier = Notifier()
+
+    async def run(self) -> None:
+        """Run until SIGTERM or SIGINT; sinks start first, sources stop first."""
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._services.start("reload", self._reload))
+
+        self._journal.listen(self._uplink.committed)
+        self._journal.start()
+        self._journal.append(Event(self._started_ms, "start", {"version": __version__}))
+        self._services.start("uplink", self._uplink.run)
+        for name, device in self._config.device.items():
+            self._start_device(name, device)
+        if self._config.status.http:
+            self._services.start("status", StatusServer(self._config.status.http, self.snapshot).run)
+        if self._notifier.watchdog_s is not None:
+            self._services.start("watchdog", self._watchdog)
+        self._notifier.send("READY=1", "STATUS=polling")
+        log.info("gateway %s: %d devices, journal %s", self._config.gateway.id, len(self._scanners), self._journal.path)
+
+        await stop.wait()
+        self._notifier.send("STOPPING=1")
+        log.info("gateway %s: stopping", self._config.gateway.id)
+        for name in list(self._scanners):
+            await self._stop_device(name)
+        self._journal.append(Event(clock.wall_ms(), "stop", {}))
+        try:
+            async with asyncio.timeout(5.0):
+                await self._journal.flush()
+        except TimeoutError:
+            log.error("journal: not everything is on the disk after 5 s; stopping all the same")
+        else:
+            await self._uplink.finish()
+        await self._services.stop_all()
+        if not await self._journal.close():
+            log.error("journal: stopped with records that could not be written")
+
+    def _start_device(self, name: str, device: Device) -> None:
+        scanner = Scanner(name, self._drivers.make(name, device), self._journal.append, self._image)
+        self._scanners[name] = scanner
+        self._services.start(f"device.{name}", scanner.run)
+
+    async def _stop_device(self, name: str) -> None:
+        await self._services.stop(f"device.{name}")
+        del self._scanners[name]
+        self._image.pop(name, None)
+
+    async def _reload(self) -> None:
+        """Take the configuration's devices anew; those that have not changed go on undisturbed."""
+        self._notifier.send("RELOADING=1", f"MONOTONIC_USEC={int(clock.mono_s() * 1e6)}")
+        try:
+            config = load(self._config_path)
+        except ConfigError as error:
+            for problem in error.problems:
+                log.error("reload: %s", problem)
+            log.error("reload: the configuration is wrong; the old one stays in force")
+            self._journal.append(Event(clock.wall_ms(), "config", {"ok": False, "errors": error.problems[:20]}))
+        else:
+            await self._apply(config)
+        self._notifier.send("READY=1")
+
+    async def _apply(self, config: Config) -> None:
+        old = self._config
+        for section in ("gateway", "journal", "uplink", "status"):
+            if getattr(old, section) != getattr(config, section):
+                log.warning("reload: [%s] has changed; that takes a restart", section)
+        gone = [name for name, device in old.device.items() if config.device.get(name) != device]
+        come = [name for name, device in config.device.items() if old.device.get(name) != device]
+        for name in gone:
+            await self._stop_device(name)
+        for name in come:
+            self._start_device(name, config.device[name])
+        self._config = old.model_copy(update={"device": config.device})
+        log.info("reload: %d devices stopped, %d started", len(gone), len(come))
+        self._journal.append(Event(clock.wall_ms(), "config", {"ok": True, "stopped": gone, "started": come}))
+
+    async def _watchdog(self) -> None:
+        """Show systemd that the event loop still turns."""
+        assert self._notifier.watchdog_s is not None
+        while True:
+            self._notifier.send("WATCHDOG=1")
+            await asyncio.sleep(self._notifier.watchdog_s / 3)
+
+    def _link_changed(self, link: Link) -> None:
+        self._notifier.send(f"STATUS={link.state}, {len(self._scanners)} devices")
+
+    async def snapshot(self) -> dict[str, Any]:
+        """Return the status as the contract has it."""
+        link = self._uplink.link
+        journal = await self._journal.condition()
+        return {
+            "gateway": self._config.gateway.id,
+            "stream": journal.stream,
+            "version": __version__,
+            "started": self._started_ms,
+            "link": {"state": link.state, "since": link.since_ms, "broker": self._uplink.broker},
+            "journal": {
+                "head": journal.head,
+                "acked": journal.acked,
+                "pending_batches": journal.pending_batches,
+                "pending_records": journal.pending_records,
+                "bytes": journal.bytes,
+                "oldest_pending_ts": journal.oldest_pending_ts,
+                "error": journal.error,
+            },
+            "devices": {
+                name: {
+                    "state": scanner.state,
+                    "reason": scanner.reason,
+                    "last_ts": scanner.last_ts,
+                    "scans": scanner.scans,
+                    "errors": scanner.errors,
+                    "skipped": scanner.skipped,
+                }
+                for name, scanner in self._scanners.items()
+            },
+            "rules": {},
+            "readings": sum(scanner.readings for scanner in self._scanners.values()),
+        }

@@ -1,0 +1,1 @@
+"""Services and their supervision; it knows nothing of gateways."""

@@ -1,0 +1,1 @@
+"""Scanning: each device at its own period, whatever the others do."""

@@ -1,0 +1,96 @@
+"""The scanner: one service for each device, from its driver to the journal and the image."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Sequence
+
+from edgegw import clock
+from edgegw.domain.record import DeviceStatus, Event, Record, Scan
+from edgegw.drivers.base import Driver
+from edgegw.errors import DeviceError
+from edgegw.scan import schedule
+
+log = logging.getLogger(__name__)
+
+RETRY_FIRST_S = 0.25
+RETRY_MOST_S = 5.0
+
+
+class Scanner:
+    """Scans one device for ever; what goes wrong with it stays with it."""
+
+    def __init__(self, name: str, driver: Driver, append: Callable[[Record], None], image: dict[str, Scan]) -> None:
+        self.name = name
+        self.state = "unknown"
+        self.reason: str | None = None
+        self.last_ts: int | None = None
+        self.scans = self.errors = self.skipped = self.readings = 0
+        self._driver = driver
+        self._append = append
+        self._image = image
+        self._failures = 0
+        self._down_since = 0.0
+
+    async def run(self) -> None:
+        """Scan until cancelled."""
+        period_s = self._driver.period_s
+        async with self._driver as driver:
+            due = schedule.Due(schedule.first(self.name, clock.mono_s(), period_s or 0.0), 0)
+            while True:
+                if period_s is not None:
+                    await asyncio.sleep(due.at_s - clock.mono_s())
+                try:
+                    scans = await driver.scan()
+                except DeviceError as error:
+                    self._failed(error)
+                    await asyncio.sleep(self._pause_s(period_s or 0.0))
+                else:
+                    self._scanned(scans)
+                if period_s is not None:
+                    due = schedule.following(due.at_s, clock.mono_s(), period_s)
+                    if not self._failures:
+                        self.skipped += due.skipped
+
+    def _scanned(self, scans: Sequence[Scan]) -> None:
+        if self._failures or self.state == "unknown":
+            self._answered()
+        for scan in scans:
+            self._append(scan)
+            known = self._image.get(self.name)
+            self._image[self.name] = scan if known is None or len(scan.values) >= len(known.values) else merge(known, scan)
+            self.readings += len(scan.values)
+            self.last_ts = scan.ts
+        self.scans += len(scans)
+
+    def _answered(self) -> None:
+        if self.state == "bad":
+            now_ms = clock.wall_ms()
+            down_s = clock.mono_s() - self._down_since
+            log.warning("device.%s: back after %d failures, %.0f s", self.name, self._failures, down_s)
+            self._append(DeviceStatus(now_ms, self.name, "good"))
+            self._append(Event(now_ms, "device-up", {"device": self.name}))
+        self.state, self.reason, self._failures = "good", None, 0
+
+    def _failed(self, error: DeviceError) -> None:
+        self.errors += 1
+        self._failures += 1
+        if self.state != "bad":
+            now_ms = clock.wall_ms()
+            log.warning("%s; trying again", error)
+            self._append(DeviceStatus(now_ms, self.name, "bad", error.reason))
+            self._append(Event(now_ms, "device-down", {"device": self.name, "reason": error.reason}))
+            self._down_since = clock.mono_s()
+        self.state, self.reason = "bad", error.reason
+
+    def _pause_s(self, period_s: float) -> float:
+        """Return how long to leave a failing device alone: ever longer, never in step with others."""
+        longest = min(RETRY_MOST_S, RETRY_FIRST_S * 2 ** min(self._failures, 10))
+        return random.uniform(longest / 2, longest) if longest > period_s else 0.0
+
+
+def merge(known: Scan, newer: Scan) -> Scan:
+    """Return a device's latest values when a scan holds only some of its tags."""
+    quality = {tag: why for tag, why in (known.quality or {}).items() if tag not in newer.values}
+    quality |= newer.quality or {}
+    return Scan(newer.ts, newer.device, known.values | newer.values, quality or None)

@@ -1,0 +1,1 @@
+"""The way upstream: from the journal to an MQTT broker."""

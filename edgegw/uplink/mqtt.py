@@ -1,0 +1,244 @@
+"""MQTT: paho's client on the event loop, and the only place that knows paho.
+
+One client object serves one connection and is then thrown away: what was not acknowledged comes again from the
+journal, so paho must not keep or resend anything of its own.
+"""
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from edgegw.errors import UplinkError
+
+log = logging.getLogger(__name__)
+
+KEEPALIVE_S = 15
+CONNECT_S = 10.0
+_PROTOCOLS = {"5": MQTTProtocolVersion.MQTTv5, "3.1.1": MQTTProtocolVersion.MQTTv311}
+
+
+class Login(NamedTuple):
+    """How to present oneself to a broker."""
+
+    client_id: str
+    username: str = ""
+    password: str = ""
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+
+
+class Will(NamedTuple):
+    """What the broker says for us, retained, when the connection is gone."""
+
+    topic: str
+    payload: bytes
+
+
+class Ack(NamedTuple):
+    """What the broker said to a publish.
+
+    `heard` is False only where MQTT 5 tells that nobody is subscribed.
+    """
+
+    accepted: bool
+    heard: bool
+    reason: str
+
+
+class _ProtocolRefused(UplinkError):
+    """The broker does not speak this version of MQTT."""
+
+
+async def connect(url: str, protocol: str, login: Login, will: Will) -> "Connection":
+    """Connect to one broker; `auto` tries MQTT 5, then 3.1.1. Raise UplinkError."""
+    for version in ("5", "3.1.1") if protocol == "auto" else (protocol,):
+        connection = Connection(url, version, login, will)
+        try:
+            await connection.open()
+        except _ProtocolRefused:
+            connection.drop()
+            if version == protocol or version == "3.1.1":
+                raise
+            log.info("uplink %s: does not speak MQTT 5; trying 3.1.1", url)
+        except BaseException:
+            connection.drop()
+            raise
+        else:
+            return connection
+    raise AssertionError
+
+
+class Connection:
+    """One connection to a broker, from its opening to its loss."""
+
+    def __init__(self, url: str, protocol: str, login: Login, will: Will) -> None:
+        self.url = url
+        self.protocol = protocol
+        self.receive_maximum = 65535
+        self.maximum_packet_size: int | None = None
+        self.acknowledged: Callable[[int, Ack], None] = lambda mid, ack: None
+        self._loop = asyncio.get_running_loop()
+        self.lost: asyncio.Future[str] = self._loop.create_future()
+        self._opened: asyncio.Future[None] = self._loop.create_future()
+        self._housekeeping: asyncio.TimerHandle | None = None
+        self._dropped = False
+        parts = urlsplit(url)
+        secure = parts.scheme == "mqtts"
+        self._host, self._port = parts.hostname or "", parts.port or (8883 if secure else 1883)
+        self._v5 = protocol == "5"
+        client = self._client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=login.client_id,
+            protocol=_PROTOCOLS[protocol],
+            clean_session=None if self._v5 else True,
+            reconnect_on_failure=False,
+        )
+        client.connect_timeout = CONNECT_S
+        client.max_inflight_messages_set(0)  # the drain keeps its own window
+        client.will_set(will.topic, will.payload, qos=1, retain=True)
+        if login.username:
+            client.username_pw_set(login.username, login.password or None)
+        if secure:
+            client.tls_set_context(_tls(login))
+        client.on_connect = self._on_connect
+        client.on_connect_fail = None
+        client.on_disconnect = self._on_disconnect
+        client.on_publish = self._on_publish
+        client.on_socket_open = self._on_socket_open
+        client.on_socket_close = self._on_socket_close
+        client.on_socket_register_write = self._on_want_write
+        client.on_socket_unregister_write = self._on_want_no_write
+
+    async def open(self) -> None:
+        """Connect and wait for the broker's word; raise UplinkError."""
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                await asyncio.to_thread(self._client.connect, self._host, self._port, KEEPALIVE_S, clean_start=self._v5)
+                self._keep_house()
+                await self._opened
+        except TimeoutError:
+            raise UplinkError(f"uplink {self.url}: no answer in {CONNECT_S:.0f} s") from None
+        except ssl.SSLError as error:
+            raise UplinkError(f"uplink {self.url}: TLS failed: {error.reason or error}".lower()) from None
+        except OSError as error:
+            raise UplinkError(f"uplink {self.url}: {(error.strerror or str(error)).lower()}") from None
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False, content_type: str | None = None) -> int:
+        """Hand a QoS 1 message to the connection and return the id its acknowledgement will bear."""
+        properties = None
+        if content_type and self._v5:
+            properties = Properties(PacketTypes.PUBLISH)
+            properties.ContentType = content_type
+        info = self._client.publish(topic, payload, qos=1, retain=retain, properties=properties)
+        return info.mid
+
+    def close(self) -> None:
+        """Say goodbye, so that the broker does not publish the will."""
+        self._client.disconnect()
+        self.drop()
+
+    def drop(self) -> None:
+        """End the connection at once."""
+        self._dropped = True
+        if self._housekeeping is not None:
+            self._housekeeping.cancel()
+        sock = self._client.socket()
+        if sock is not None:
+            self._forget(sock)
+            sock.close()
+        self._lose("closed")
+
+    def _lose(self, why: str) -> None:
+        if not self.lost.done():
+            self.lost.set_result(why)
+        if not self._opened.done():
+            self._opened.set_exception(UplinkError(f"uplink {self.url}: {why}"))
+            self._opened.exception()  # whoever waits gets it; nobody need
+
+    def _keep_house(self) -> None:
+        """Send pings and notice that their answers are missing, once a second."""
+        if self._client.loop_misc() == MQTTErrorCode.MQTT_ERR_SUCCESS:
+            self._housekeeping = self._loop.call_later(1.0, self._keep_house)
+        else:
+            self._lose("connection lost")
+
+    # -- paho's callbacks: all on the event loop's thread, but those about the socket while connecting ------
+
+    def _on_connect(self, client: Any, userdata: Any, flags: Any, reason: ReasonCode, properties: Any) -> None:
+        if self._opened.done():
+            return
+        if reason.is_failure:
+            kind = _ProtocolRefused if "protocol version" in str(reason).lower() else UplinkError
+            self._opened.set_exception(kind(f"uplink {self.url}: refused: {reason}".lower()))
+            return
+        if properties is not None:
+            self.receive_maximum = getattr(properties, "ReceiveMaximum", 65535)
+            self.maximum_packet_size = getattr(properties, "MaximumPacketSize", None)
+        self._opened.set_result(None)
+
+    def _on_disconnect(self, client: Any, userdata: Any, flags: Any, reason: ReasonCode, properties: Any) -> None:
+        if not self._opened.done() and self._v5:
+            # an old broker hangs up on the unknown version without a word (MQTT 3.1.1, 3.1.2.2)
+            self._opened.set_exception(_ProtocolRefused(f"uplink {self.url}: hung up: {reason}".lower()))
+        self._lose(str(reason).lower())
+
+    def _on_publish(self, client: Any, userdata: Any, mid: int, reason: ReasonCode, properties: Any) -> None:
+        # 0x10: accepted, but no matching subscribers (MQTT 5.0, 3.4.2.1)
+        self.acknowledged(mid, Ack(not reason.is_failure, reason.value != 0x10, str(reason)))
+
+    def _on_socket_open(self, client: Any, userdata: Any, sock: Any) -> None:
+        self._loop.call_soon_threadsafe(self._watch, sock)
+
+    def _watch(self, sock: Any) -> None:
+        if self._dropped:
+            sock.close()
+        elif sock.fileno() >= 0:
+            self._loop.add_reader(sock, self._readable)
+
+    def _readable(self) -> None:
+        self._client.loop_read()
+
+    def _on_socket_close(self, client: Any, userdata: Any, sock: Any) -> None:
+        if self._loop.is_closed():
+            return
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return  # the connecting thread closes what it opened; it was never watched
+        self._forget(sock)
+
+    def _forget(self, sock: Any) -> None:
+        if sock.fileno() >= 0:
+            self._loop.remove_reader(sock)
+            self._loop.remove_writer(sock)
+
+    def _on_want_write(self, client: Any, userdata: Any, sock: Any) -> None:
+        self._loop.call_soon_threadsafe(self._watch_write, sock)
+
+    def _watch_write(self, sock: Any) -> None:
+        if not self._dropped and sock.fileno() >= 0:
+            self._loop.add_writer(sock, self._client.loop_write)
+
+    def _on_want_no_write(self, client: Any, userdata: Any, sock: Any) -> None:
+        if sock.fileno() >= 0:
+            self._loop.remove_writer(sock)
+
+
+def _tls(login: Login) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=login.ca_file or None)
+        if login.cert_file:
+            context.load_cert_chain(login.cert_file, login.key_file or None)
+    except (OSError, ssl.SSLError) as error:
+        raise UplinkError(f"uplink: ca_file, cert_file or key_file cannot be used: {error}") from None
+    return context

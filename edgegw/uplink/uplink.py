@@ -1,0 +1,162 @@
+"""The uplink's service: finds a broker, drains over it, and does so again whenever it is lost."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+
+from edgegw import __version__, clock
+from edgegw.config.load import secret
+from edgegw.config.schema import Config
+from edgegw.domain.record import Event
+from edgegw.errors import ConfigError, UplinkError
+from edgegw.journal.journal import Committed, Journal
+from edgegw.uplink import mqtt
+from edgegw.uplink.drain import Drain
+from edgegw.uplink.link import Link, advance
+
+log = logging.getLogger(__name__)
+
+SETTLE_S = 2.0
+GOODBYE_S = 1.0
+
+
+class UplinkService:
+    """Keeps one connection upstream, and knows the state of the link."""
+
+    def __init__(self, config: Config, config_path: Path, journal: Journal, changed: Callable[[Link], None]) -> None:
+        self.link = Link("offline", clock.wall_ms(), clock.mono_s())
+        self.broker: str | None = None
+        self._config = config
+        self._config_path = config_path
+        self._journal = journal
+        self._changed = changed
+        self._drain: Drain | None = None
+        self._connection: mqtt.Connection | None = None
+        self._failures = 0
+        self._lost_since = clock.mono_s()
+
+    def committed(self, committed: Committed) -> None:
+        """Take what has just become durable."""
+        if self._drain is not None:
+            self._drain.committed(committed)
+
+    async def run(self) -> None:
+        """Connect and drain until cancelled."""
+        await self._journal.opened.wait()
+        watch = asyncio.create_task(self._watch_island(), name="island watch")
+        try:
+            while True:
+                connection = await self._connect()
+                try:
+                    await self._use(connection)
+                except UplinkError as error:
+                    log.warning("%s; records stay in the journal", error)
+                finally:
+                    self._connection = self._drain = self.broker = None
+                    connection.drop()
+                    self._lost_since = clock.mono_s()
+                    self._set_link(connected=False)
+                jitter_s = self._config.uplink.reconnect_jitter.s
+                await asyncio.sleep(random.uniform(0.0, jitter_s))
+        finally:
+            watch.cancel()
+
+    async def finish(self) -> None:
+        """Send what was just committed, if the link is there, and say goodbye."""
+        connection, drain = self._connection, self._drain
+        if connection is None or drain is None:
+            return
+        await drain.settle(SETTLE_S)
+        said = asyncio.Event()
+        connection.acknowledged = lambda mid, ack: said.set()
+        connection.publish(*self._status("offline"), retain=True)
+        try:
+            async with asyncio.timeout(GOODBYE_S):
+                await said.wait()
+        except TimeoutError:
+            log.info("uplink %s: did not acknowledge the goodbye", connection.url)
+        connection.close()
+
+    async def _connect(self) -> mqtt.Connection:
+        """Try the brokers in order, again and again with jittered back-off, until one has us."""
+        most_s = max(2.0, 2 * self._config.uplink.reconnect_jitter.s)
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(UplinkError),
+            wait=wait_random_exponential(multiplier=0.5, max=most_s),
+            before_sleep=self._failed,
+        )
+        return await retrying(self._try_brokers)
+
+    async def _try_brokers(self) -> mqtt.Connection:
+        uplink = self._config.uplink
+        protocol = "5" if uplink.acknowledge == "subscriber" else uplink.protocol
+        failures = []
+        for url in uplink.url:
+            try:
+                return await mqtt.connect(url, protocol, self._login(), mqtt.Will(*self._status("offline")))
+            except UplinkError as error:
+                failures.append(str(error))
+        raise UplinkError("; ".join(failures))
+
+    def _failed(self, state: RetryCallState) -> None:
+        self._failures += 1
+        if self._failures == 1:
+            log.warning("%s; trying again", state.outcome.exception() if state.outcome else "uplink")
+
+    async def _use(self, connection: mqtt.Connection) -> None:
+        down_s = clock.mono_s() - self._lost_since
+        after = f" after {self._failures} failures, {down_s:.0f} s" if self._failures else ""
+        log.info("uplink %s: online, MQTT %s%s", connection.url, connection.protocol, after)
+        self._failures = 0
+        self.broker = connection.url
+        self._connection = connection
+        connection.publish(*self._status("online"), retain=True)
+        commit_s = self._config.journal.commit_interval.s
+        self._drain = Drain(self._config.uplink, self._config.topic, self._journal, connection, commit_s)
+        self._set_link(connected=True)
+        await self._drain.run()
+
+    def _status(self, state: str) -> tuple[str, bytes]:
+        """Return the topic and payload that say the gateway's state."""
+        payload = {
+            "gateway": self._config.gateway.id,
+            "state": state,
+            "stream": self._journal.stream,
+            "ts": clock.wall_ms(),
+            "version": __version__,
+        }
+        return f"{self._config.topic}/status", msgspec.json.encode(payload)
+
+    def _login(self) -> mqtt.Login:
+        uplink = self._config.uplink
+        try:
+            password = secret(uplink.password_file, self._config_path) if uplink.password_file else ""
+        except ConfigError as error:
+            raise UplinkError(f"uplink.password_file: {error}") from None
+        folder = self._config_path.parent
+        files = [str(folder / name) if name else "" for name in (uplink.ca_file, uplink.cert_file, uplink.key_file)]
+        return mqtt.Login(f"edgegw-{self._config.gateway.id}", uplink.username, password, *files)
+
+    async def _watch_island(self) -> None:
+        while True:
+            self._set_link(connected=self._connection is not None)
+            await asyncio.sleep(min(1.0, max(0.05, self._config.uplink.island_after.s / 4)))
+
+    def _set_link(self, *, connected: bool) -> None:
+        link = advance(
+            self.link,
+            connected=connected,
+            now_ms=clock.wall_ms(),
+            now_s=clock.mono_s(),
+            island_after_s=self._config.uplink.island_after.s,
+        )
+        if link != self.link:
+            was, self.link = self.link, link
+            fields = {"state": link.state, "from": was.state}
+            self._journal.append(Event(link.since_ms, "link", fields))
+            self._changed(link)
