@@ -94,11 +94,11 @@ class Link(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """Records that are gone for good, as a gap event names them."""
+    """Records that are gone for good, as a gap event names them; None where it does not tell the hash."""
 
     first: int
     last: int
-    last_prev: bytes
+    last_prev: bytes | None
 
 
 class ChainReport(NamedTuple):
@@ -122,8 +122,9 @@ def verify(links: Iterable[Link], gaps: Iterable[Gap] = (), first: int = 1) -> C
     link's own `prev` is taken on trust if it begins later than 1. `missing` are holes that nothing names,
     `breaks` the seqs of links whose `prev` is not what came before.
     """
+    gaps = list(gaps)
     named = {gap.last: gap for gap in gaps}
-    covered = Ranges((gap.first, gap.last) for gap in named.values())
+    covered = Ranges((gap.first, gap.last) for gap in gaps)
     expected: bytes | None = GENESIS if first == 1 else None
     following = first
     count = 0

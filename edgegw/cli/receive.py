@@ -1,0 +1,140 @@
+"""`edgegw receive`: subscribe, keep each record once, report gaps."""
+
+import hashlib
+import json
+import logging
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import click
+
+from edgegw.cli.options import json_option
+from edgegw.config.units import Duration
+from edgegw.errors import ConfigError
+from edgegw.receiver import target
+from edgegw.receiver.intake import Intake
+from edgegw.receiver.report import Report
+
+
+def _duration(ctx: click.Context, param: click.Parameter, value: str) -> Duration:
+    try:
+        return Duration.parse(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+@click.command()
+@click.option("--url", help="The broker: mqtt://HOST:PORT or mqtts://HOST:PORT.")
+@click.option("--topic", default="edgegw/#", show_default=True, help="What to subscribe to.")
+@click.option(
+    "--to", required=True, help="Where to keep it: sqlite:///FILE, postgresql://..., or - for NDJSON."
+)
+@click.option("--once", is_flag=True, help="End when nothing new came for --idle, and print the report.")
+@click.option("--idle", default="5s", show_default=True, callback=_duration, help="How long --once waits.")
+@click.option("--report", is_flag=True, help="Only print the report of what --to holds; connect to nothing.")
+@click.option(
+    "--import", "import_file", type=click.Path(path_type=Path), help="Take in an exported file instead."
+)
+@click.option(
+    "--client-id", help="Default: made from this host, --url, --topic and --to, so that it is stable."
+)
+@click.option("--username", help="The user at the broker.")
+@click.option(
+    "--password-file", type=click.Path(path_type=Path), help="A file whose first line is the password."
+)
+@click.option(
+    "--ca-file", type=click.Path(path_type=Path), help="The authority that signed the broker's certificate."
+)
+@json_option
+def command(
+    url: str | None,
+    topic: str,
+    to: str,
+    once: bool,
+    idle: Duration,
+    report: bool,
+    import_file: Path | None,
+    client_id: str | None,
+    username: str | None,
+    password_file: Path | None,
+    ca_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Subscribe, keep each record once, and report what is missing.
+
+    Batches may come in any order, on any topic and any number of times; a message is confirmed to the broker
+    only when what it holds is on disk, so this may be stopped or killed at any moment and started again.
+    Without --once it runs until it is interrupted.
+
+    A report is printed with --once, --report or --json (to standard error if the records go to standard
+    output). The exit code is then 1 if a record is missing and named by no gap event, if two batches are in
+    conflict, or if a chain is broken.
+    """
+    if import_file is not None:
+        raise click.UsageError("--import is not yet available in this version")
+    target.check(to)
+    if report:
+        _only_report(to, as_json)
+        return
+    if not url:
+        raise click.UsageError("--url is needed: the broker, mqtt://HOST:PORT")
+    from edgegw.receiver.loop import Receiver
+    from edgegw.receiver.subscriber import Broker, parse_url
+
+    host, port, tls = parse_url(url)
+    if ca_file and not tls:
+        raise click.UsageError("--ca-file is for mqtts://; this URL would not use it")
+    broker = Broker(
+        host, port, tls, topic, client_id or _stable_id(url, topic, to),
+        username, _password(username, password_file), ca_file,
+    )  # fmt: skip
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    sink = target.open_sink(to)
+    try:
+        intake = Intake(sink)
+        Receiver(broker, intake, stop, idle.s if once else None).run()
+        if once or as_json:
+            _print(intake.report(), as_json, to)
+    finally:
+        sink.close()
+
+
+def _only_report(to: str, as_json: bool) -> None:
+    file = target.sqlite_file(to)
+    if to == target.STDOUT or (file and not file.is_file()):
+        raise ConfigError([f"--report: {to} holds nothing; expected the database of an earlier run"])
+    sink = target.open_sink(to)
+    try:
+        _print(Intake(sink).report(), as_json, to)
+    finally:
+        sink.close()
+
+
+def _print(report: Report, as_json: bool, to: str) -> None:
+    text = json.dumps(report.as_json(), indent=2) if as_json else "\n".join(report.lines())
+    click.echo(text, err=to == target.STDOUT)
+    if not report.ok:
+        raise click.exceptions.Exit(1)
+
+
+def _stable_id(url: str, topic: str, to: str) -> str:
+    """Return the same client id, one that every broker takes, whenever the same is asked for on this host."""
+    what = "\0".join((socket.gethostname(), url, topic, target.identity(to)))
+    return "receive" + hashlib.sha256(what.encode()).hexdigest()[:16]
+
+
+def _password(username: str | None, file: Path | None) -> str | None:
+    if file is None:
+        return None
+    if username is None:
+        raise click.UsageError("--password-file needs --username")
+    try:
+        return file.read_text().partition("\n")[0].rstrip("\r")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"--password-file: {file}: {error}"]) from error

@@ -1,0 +1,1 @@
+"""The reference subscriber: keeps each record once and says what is missing."""

@@ -1,0 +1,65 @@
+"""What is worth a line while batches come in: transitions, and what repeats no more often than it must."""
+
+from edgegw.receiver.dedupe import Stream
+
+EVERY_S = 30.0
+"""The least time between two lines about the same kind of trouble."""
+SETTLE_S = 2.0
+"""How long a hole must last to be worth a line: live and backfilled batches overtake each other."""
+
+
+class Throttle:
+    """Lets the first few of a kind through, then one in a while with the number held back."""
+
+    def __init__(self, burst: int = 5) -> None:
+        self._left = burst
+        self._next_s = 0.0
+        self._held = 0
+
+    def line(self, text: str, now_s: float) -> str | None:
+        """Return the line to say now, None if it is held back."""
+        if self._left > 0:
+            self._left -= 1
+            self._next_s = now_s + EVERY_S
+            return text
+        if now_s < self._next_s:
+            self._held += 1
+            return None
+        text = f"{text} (and {self._held} more)" if self._held else text
+        self._held = 0
+        self._next_s = now_s + EVERY_S
+        return text
+
+
+class HoleWatch:
+    """Says when a stream has had a hole for a while, and when it has none any more."""
+
+    def __init__(self) -> None:
+        self._since_s: float | None = None
+        self._said = False
+
+    @property
+    def open(self) -> bool:
+        """Whether the stream had a hole when it was last looked at."""
+        return self._since_s is not None
+
+    def line(self, stream: Stream, now_s: float) -> str | None:
+        """Return the line that a stream's state is worth now, if any."""
+        missing = stream.missing()
+        if not missing:
+            said, self._said, self._since_s = self._said, False, None
+            return f"complete up to {stream.head}" if said else None
+        if self._since_s is None:
+            self._since_s = now_s
+        if self._said or now_s - self._since_s < SETTLE_S:
+            return None
+        self._said = True
+        return f"missing so far: {spell(missing)}"
+
+
+def spell(ranges: list[tuple[int, int]], most: int = 8) -> str:
+    """Write ranges as people read them: `3, 12-40`."""
+    shown = [str(first) if first == last else f"{first}-{last}" for first, last in ranges[:most]]
+    if len(ranges) > most:
+        shown.append(f"and {len(ranges) - most} more ranges")
+    return ", ".join(shown)

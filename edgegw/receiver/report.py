@@ -1,0 +1,97 @@
+"""The verdict on what was received: complete, once, and in one chain, or where not."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from edgegw.domain.batch import ChainReport, Link, verify
+from edgegw.receiver.announce import spell
+from edgegw.receiver.dedupe import Key, NamedGap
+from edgegw.receiver.sink import Figures
+
+
+class StreamReport(NamedTuple):
+    """One stream's part; `duplicates` are those of this run, all else is of everything kept."""
+
+    key: Key
+    kept: Figures
+    head: int
+    duplicates: int
+    missing: list[tuple[int, int]]
+    gaps: list[NamedGap]
+    chain: ChainReport
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is missing, in conflict or broken."""
+        return not (self.missing or self.kept.conflicts or self.chain.breaks)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it for a script."""
+        return {
+            "gateway": self.key.gateway,
+            "stream": self.key.stream,
+            "head": self.head,
+            "batches": self.kept.batches,
+            "records": self.kept.records,
+            "readings": self.kept.readings,
+            "events": self.kept.events,
+            "duplicates": self.duplicates,
+            "conflicts": self.kept.conflicts,
+            "missing": self.missing,
+            "gaps": [{"from": gap.first, "to": gap.last, "reason": gap.reason} for gap in self.gaps],
+            "chain": {"verified": not self.chain.breaks, "broken_at": self.chain.breaks},
+            "ok": self.ok,
+        }
+
+    def lines(self) -> list[str]:
+        """Return it for a reader."""
+        kept = self.kept
+        gaps = "; ".join(f"{spell([(gap.first, gap.last)])} ({gap.reason})" for gap in self.gaps)
+        broken = spell([(seq, seq) for seq in self.chain.breaks])
+        return [
+            f"{self.key}: {kept.records} records up to {self.head} in {kept.batches} batches",
+            f"  {kept.readings} readings, {kept.events} events",
+            f"  duplicates dropped: {self.duplicates}; conflicts: {kept.conflicts}",
+            f"  missing: {spell(self.missing) or 'nothing'}",
+            f"  gone for good, and named: {gaps or 'nothing'}",
+            f"  chain: {f'BROKEN at {broken}' if broken else 'verified'}",
+        ]
+
+
+class Report(NamedTuple):
+    """The verdict on all streams."""
+
+    streams: list[StreamReport]
+    malformed: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether every stream is complete, without conflict and in one chain."""
+        return all(stream.ok for stream in self.streams)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it for a script."""
+        return {
+            "ok": self.ok,
+            "malformed": self.malformed,
+            "streams": [stream.as_json() for stream in self.streams],
+        }
+
+    def lines(self) -> list[str]:
+        """Return it for a reader."""
+        lines = [line for stream in self.streams for line in stream.lines()]
+        if self.malformed:
+            lines.append(f"malformed messages passed over: {self.malformed}")
+        if not self.streams:
+            lines.append("nothing received")
+        elif self.ok:
+            lines.append("ok: nothing missing, nothing in conflict, every chain verified")
+        else:
+            bad = sum(not stream.ok for stream in self.streams)
+            lines.append(f"NOT OK: {bad} of {len(self.streams)} streams")
+        return lines
+
+
+def chain_of(links: Iterable[Link], gaps: Iterable[NamedGap]) -> ChainReport:
+    """Verify one stream's chain across the gaps that are named."""
+    return verify(links, (gap.link() for gap in gaps))

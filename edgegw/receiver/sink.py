@@ -1,0 +1,73 @@
+"""The port behind which received batches are kept."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from edgegw.domain.batch import Link
+from edgegw.errors import EdgegwError
+from edgegw.receiver.dedupe import Kept, Key, NamedGap
+from edgegw.receiver.wire import Batch
+
+
+class SinkError(EdgegwError):
+    """What keeps the batches cannot; nothing was confirmed to the broker that is not kept."""
+
+
+class Span(msgspec.Struct, frozen=True):
+    """The seqs of one kept batch, or of several that follow each other."""
+
+    key: Key
+    seq: int
+    count: int
+
+
+class Figures(NamedTuple):
+    """How much is kept of one stream."""
+
+    batches: int
+    records: int
+    readings: int
+    events: int
+    conflicts: int
+
+
+class Sink(Protocol):
+    """Keeps batches in transactions; every method raises SinkError where the medium fails."""
+
+    def spans(self) -> Iterable[Span]:
+        """Return what is kept, for a start from there."""
+        ...
+
+    def gaps(self) -> Iterable[tuple[Key, NamedGap]]:
+        """Return the gap events among what is kept."""
+        ...
+
+    def kept(self, key: Key, seq: int, last: int) -> Sequence[Kept]:
+        """Return the kept batches that overlap `seq` to `last`."""
+        ...
+
+    def add(self, batch: Batch, received_ms: int) -> None:
+        """Take in a new batch; it is safe only when `commit` has returned."""
+        ...
+
+    def add_conflict(self, batch: Batch, received_ms: int) -> None:
+        """Take in, as evidence and apart from the rest, a batch that contradicts what is kept."""
+        ...
+
+    def commit(self) -> None:
+        """Make everything added safe."""
+        ...
+
+    def links(self, key: Key) -> Iterator[Link]:
+        """Yield a stream's links of the chain in order of their seq."""
+        ...
+
+    def figures(self) -> dict[Key, Figures]:
+        """Return what is kept of each stream."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the medium; what was not committed is gone."""
+        ...
