@@ -1,0 +1,1 @@
+"""OPC UA: reading by poll or subscription, and browsing."""

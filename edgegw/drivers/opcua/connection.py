@@ -1,0 +1,247 @@
+"""One connection to an OPC UA server: asyncua's calls, bounded in time, with our errors.
+
+A connection is used once: when it is lost, a new one is made. asyncua's own reconnection is left off. Its
+health check stays on: it reads the server's state every `timeout`, so a server that is frozen or behind a
+dead link is found out within two of them.
+"""
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn, TypeVar
+
+from asyncua import ua
+from asyncua.client.client import Client
+from asyncua.ua.attribute_ids import AttributeIds
+from asyncua.ua.object_ids import ObjectIds
+
+from edgegw import clock
+from edgegw.drivers.opcua import failures, values
+from edgegw.errors import BadAnswer, DeviceError, NoAnswer, NotConnected
+
+SESSION_S = 60.0
+"""How long a server keeps the session of a gateway that died; asyncua's hour would hold a slot for long."""
+CALL_NODES = 1000
+"""Nodes a call where the server names no limit of its own."""
+ITEM_QUEUE = 10
+"""Values that the server keeps of each item until it can publish them."""
+KEEP_ALIVE_S = 5.0
+LIFETIME_S = 60.0
+
+_CONNECT_STEPS = 5
+_T = TypeVar("_T")
+
+Published = Callable[[list[tuple[int, ua.DataValue]]], None]
+"""Takes what the server published: the place of the node in the list subscribed to, and its value."""
+
+
+class Connection:
+    """A session with a server, from `connect` until it is lost or closed."""
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        logging.getLogger("asyncua").setLevel(logging.CRITICAL + 1)  # what it has to say is said here, once
+        self._timeout_s = timeout_s
+        self._client = Client(url, timeout=timeout_s, watchdog_intervall=max(timeout_s, 0.5))
+        self._client.session_timeout = int(max(SESSION_S, 4 * timeout_s) * 1000)
+        self._client.connection_lost_callback = self._health_lost
+        self._gone = asyncio.Event()
+        self._failure: DeviceError | None = None
+        self._silent_after_s = math.inf
+        self._heard_s = math.inf
+        self._sequence: int | None = None
+        self.read_limit = CALL_NODES
+        self.items_limit = CALL_NODES
+
+    async def connect(self) -> None:
+        """Connect, open a session and learn the server's limits; raise DeviceError."""
+        try:
+            with self._errors("connecting"):
+                async with asyncio.timeout(_CONNECT_STEPS * self._timeout_s):
+                    await self._client.connect()
+                    self.read_limit = await self._limit("MaxNodesPerRead")
+                    self.items_limit = await self._limit("MaxMonitoredItemsPerCall")
+        except BaseException as error:
+            if isinstance(error, DeviceError):
+                self.lose(error)
+            await self.close()
+            raise
+
+    async def read(
+        self, nodes: Sequence[ua.NodeId], attribute: AttributeIds = AttributeIds.Value
+    ) -> list[ua.DataValue]:
+        """Read an attribute of nodes, with the quality and time of each; raise DeviceError."""
+        found: list[ua.DataValue] = []
+        with self._errors("reading"):
+            for chunk in _chunks(nodes, self.read_limit):
+                answer = await self._client.uaclient.session.read_attributes(list(chunk), attribute)
+                if len(answer) != len(chunk):
+                    self._distrust(f"found {len(answer)} values; expected {len(chunk)}")
+                found += answer
+        return found
+
+    async def subscribe(
+        self, nodes: Sequence[ua.NodeId], every_s: float, published: Published
+    ) -> list[ua.StatusCode]:
+        """Have the server publish the nodes' changes; return the status of each node, raise DeviceError."""
+        session = self._client.uaclient.session
+        statuses: list[ua.StatusCode] = []
+
+        def heard(result: ua.PublishResult) -> None:
+            self._heard(result, published)
+
+        with self._errors("subscribing"):
+            every_ms = every_s * 1000.0
+            subscription = await session.create_subscription(
+                ua.CreateSubscriptionParameters(
+                    RequestedPublishingInterval=ua.Double(every_ms),
+                    RequestedMaxKeepAliveCount=ua.UInt32(max(1, math.ceil(KEEP_ALIVE_S / every_s))),
+                    RequestedLifetimeCount=ua.UInt32(max(10, math.ceil(LIFETIME_S / every_s))),
+                ),
+                heard,
+            )
+            interval_s = subscription.RevisedPublishingInterval / 1000.0
+            self._silent_after_s = (
+                subscription.RevisedMaxKeepAliveCount + 1
+            ) * interval_s + 2 * self._timeout_s
+            self._heard_s = clock.mono_s()
+            for chunk in _chunks(range(len(nodes)), self.items_limit):
+                request = ua.CreateMonitoredItemsParameters(
+                    SubscriptionId=subscription.SubscriptionId,
+                    ItemsToCreate=[_item(nodes[place], place, every_ms) for place in chunk],
+                )
+                results = await session.create_monitored_items(request)
+                if len(results) != len(chunk):
+                    self._distrust(f"found {len(results)} monitored items; expected {len(chunk)}")
+                statuses += [result.StatusCode for result in results]
+        return statuses
+
+    async def browse(self, node: ua.NodeId) -> list[ua.ReferenceDescription]:
+        """Return what a node refers to hierarchically: objects and variables; raise DeviceError."""
+        session = self._client.uaclient.session
+        wanted = ua.BrowseDescription(
+            NodeId=node,
+            BrowseDirection=ua.BrowseDirection.Forward,
+            ReferenceTypeId=ua.NodeId(ua.Int32(ObjectIds.HierarchicalReferences)),
+            IncludeSubtypes=True,
+            NodeClassMask=ua.UInt32(ua.NodeClass.Object | ua.NodeClass.Variable),
+            ResultMask=ua.UInt32(ua.BrowseResultMask.All),
+        )
+        found: list[ua.ReferenceDescription] = []
+        with self._errors("browsing"):
+            (result,) = await session.browse(ua.BrowseParameters(NodesToBrowse=[wanted]))
+            result.StatusCode.check()
+            found += result.References or []
+            while result.ContinuationPoint:
+                more = ua.BrowseNextParameters(
+                    ReleaseContinuationPoints=False, ContinuationPoints=[result.ContinuationPoint]
+                )
+                (result,) = await session.browse_next(more)
+                result.StatusCode.check()
+                found += result.References or []
+        return found
+
+    async def lost(self) -> DeviceError:
+        """Wait until the connection is lost; return why."""
+        while self._failure is None:
+            left_s = self._heard_s + self._silent_after_s - clock.mono_s()
+            try:
+                async with asyncio.timeout(None if math.isinf(left_s) else max(0.0, left_s)):
+                    await self._gone.wait()
+            except TimeoutError:
+                silent_s = clock.mono_s() - self._heard_s
+                if silent_s >= self._silent_after_s:
+                    self.lose(
+                        NoAnswer(
+                            "timeout", f"subscription silent for {silent_s:.1f} s; expected a keep-alive"
+                        )
+                    )
+        return self._failure
+
+    def lose(self, failure: DeviceError) -> None:
+        """Give the connection up for a reason; the first one counts."""
+        if self._failure is None:
+            self._failure = failure
+            self._gone.set()
+
+    async def close(self) -> None:
+        """Close session and socket, in bounded time also if the server is dead; nothing is left behind."""
+        protocol = self._client.uaclient.protocol
+        transport = protocol.transport if protocol is not None else None
+        if self._failure is not None and transport is not None:
+            transport.abort()  # nobody will answer a farewell
+            await asyncio.sleep(0)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._client.disconnect()
+        except failures.FOREIGN:
+            pass  # the server forgets the session by itself after SESSION_S
+        finally:
+            if transport is not None:
+                transport.abort()
+
+    async def _limit(self, name: str) -> int:
+        node: int = getattr(ObjectIds, f"Server_ServerCapabilities_OperationLimits_{name}")
+        (found,) = await self._client.uaclient.session.read_attributes(
+            [ua.NodeId(ua.Int32(node))], AttributeIds.Value
+        )
+        limit = found.Value.Value if found.Value is not None else None
+        return min(limit, CALL_NODES) if isinstance(limit, int) and limit > 0 else CALL_NODES
+
+    async def _health_lost(self, error: Exception) -> None:
+        self.lose(failures.ours(error, "waiting", self._timeout_s))
+
+    def _heard(self, result: ua.PublishResult, published: Published) -> None:
+        self._heard_s = clock.mono_s()
+        message = result.NotificationMessage
+        if self._failure is not None or not message.NotificationData:
+            return
+        if self._sequence is not None and message.SequenceNumber != self._sequence % 0xFFFFFFFF + 1:
+            self.lose(
+                BadAnswer(
+                    "notification-lost", f"found notification {message.SequenceNumber} after {self._sequence}"
+                )
+            )
+            return
+        self._sequence = message.SequenceNumber
+        for notification in message.NotificationData:
+            if isinstance(notification, ua.DataChangeNotification):
+                published([(item.ClientHandle, item.Value) for item in notification.MonitoredItems or ()])
+            elif isinstance(notification, ua.StatusChangeNotification) and not notification.Status.is_good():
+                why = values.reason(notification.Status.value)
+                self.lose(NotConnected(why, f"the server ended the subscription: {why}"))
+
+    @contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        """Turn asyncua's errors into ours, and give the connection up where it is not to be trusted."""
+        try:
+            yield
+        except failures.FOREIGN as error:
+            ours = failures.ours(error, doing, self._timeout_s)
+            if isinstance(ours, NotConnected | BadAnswer):
+                self.lose(ours)
+            raise ours from error
+
+    def _distrust(self, what: str) -> NoReturn:
+        failure = BadAnswer("bad-answer", what)
+        self.lose(failure)
+        raise failure
+
+
+def _item(node: ua.NodeId, place: int, every_ms: float) -> ua.MonitoredItemCreateRequest:
+    return ua.MonitoredItemCreateRequest(
+        ItemToMonitor=ua.ReadValueId(NodeId=node, AttributeId=ua.IntegerId(AttributeIds.Value)),
+        MonitoringMode=ua.MonitoringMode.Reporting,
+        RequestedParameters=ua.MonitoringParameters(
+            ClientHandle=ua.IntegerId(place),
+            SamplingInterval=ua.Duration(every_ms),
+            QueueSize=ua.Counter(ITEM_QUEUE),
+            DiscardOldest=True,
+        ),
+    )
+
+
+def _chunks(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

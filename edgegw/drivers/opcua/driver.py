@@ -1,0 +1,232 @@
+"""The OPC UA driver: keeps a connection to a server, and reads its tags by poll or subscription."""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Self
+
+from asyncua import ua
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
+
+from edgegw import clock
+from edgegw.config.schema import OpcUaDevice
+from edgegw.domain.record import Scan
+from edgegw.drivers.opcua import values
+from edgegw.drivers.opcua.connection import Connection
+from edgegw.errors import ConfigError, DeviceError, NotConnected
+
+log = logging.getLogger(__name__)
+
+RETRY_FIRST_S = 0.2
+RETRY_MOST_S = 5.0
+QUEUE_MOST = 100_000
+"""Published readings that may wait to be taken by `scan`."""
+
+_Items = Iterable[tuple[int, ua.DataValue]]
+"""Values with the places of their tags."""
+
+
+class OpcUaDriver:
+    """One OPC UA server.
+
+    A task of its own connects, and connects again with jittered exponential back-off whenever the connection
+    is lost; each connection subscribes anew, so that the present values come after every loss.
+    """
+
+    def __init__(self, name: str, config: OpcUaDevice, *, queue_most: int = QUEUE_MOST) -> None:
+        nodes, wrong = values.addresses(config.tags)
+        if wrong:
+            raise ConfigError([f"device.{name}.tags.{tag}.address: {why}" for tag, why in wrong.items()])
+        self.period_s: float | None = config.every.s if config.mode == "poll" else None
+        self._name = name
+        self._config = config
+        self._tags = list(config.tags.items())
+        self._nodes = list(nodes.values())
+        self._where = f"device.{name} ({config.url})"
+        self._queue_most = queue_most
+        self._queue: deque[tuple[int, list[tuple[int, ua.DataValue]]] | DeviceError] = deque()
+        self._queued = 0
+        self._overflowing: set[str] = set()
+        self._connection: Connection | None = None
+        self._failure: DeviceError | None = None
+        self._down_since_s: float | None = None
+        self._failures = 0
+        self._news = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._keep(), name=f"opcua {self._name}")
+        self._task.add_done_callback(lambda _: self._news.set())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._task is not None
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        if not self._task.cancelled():
+            self._task.result()
+
+    async def scan(self) -> Sequence[Scan]:
+        """Poll: read all tags now. Subscribe: wait for what the server publishes, and return all there is.
+
+        Without a connection a poll raises DeviceError at once; a subscription raises it once for each loss
+        and each failed attempt to connect, in its place between what was published before and after.
+        """
+        return await (self._published() if self.period_s is None else self._poll())
+
+    async def check(self) -> str:
+        """Read all tags once, whatever the mode, and return a line that says what was found."""
+        connection = await self._connected()
+        readings = self._readings(enumerate(await self._read(connection)))
+        wrong = [f"{tag} {reading.quality}" for tag, reading in readings if reading.quality is not None]
+        return f"{self._where}: {len(readings)} tags read" + (
+            f"; not good: {', '.join(wrong)}" if wrong else ""
+        )
+
+    async def _poll(self) -> Sequence[Scan]:
+        connection = await self._connected()
+        return self._scans(clock.wall_ms(), enumerate(await self._read(connection)))
+
+    async def _read(self, connection: Connection) -> list[ua.DataValue]:
+        try:
+            return await connection.read(self._nodes)
+        except DeviceError as error:
+            raise self._located(error) from error
+
+    async def _connected(self) -> Connection:
+        """Return the connection, wait for the first attempt to make one, or raise why there is none."""
+        while self._connection is None:
+            if self._failure is not None:
+                raise self._located(self._failure)
+            await self._wait()
+        return self._connection
+
+    async def _published(self) -> Sequence[Scan]:
+        while not self._queue:
+            await self._wait()
+        scans: list[Scan] = []
+        while self._queue:
+            entry = self._queue[0]
+            if isinstance(entry, DeviceError):
+                if scans:
+                    break
+                self._queue.popleft()
+                raise self._located(entry)
+            self._queue.popleft()
+            now_ms, items = entry
+            self._queued -= len(items)
+            scans += self._scans(now_ms, items)
+        return scans
+
+    async def _wait(self) -> None:
+        assert self._task is not None
+        if self._task.done():
+            self._task.result()
+        self._news.clear()
+        await self._news.wait()
+
+    def _scans(self, now_ms: int, items: _Items) -> list[Scan]:
+        by_source = self._config.timestamp == "source"
+        return values.group(self._name, self._readings(items), now_ms, by_source=by_source)
+
+    def _readings(self, items: _Items) -> list[tuple[str, values.Reading]]:
+        readings = []
+        for place, data in items:
+            name, tag = self._tags[place]
+            readings.append((name, values.decode(tag, data)))
+        return readings
+
+    async def _keep(self) -> None:
+        """Connect, and again whenever the connection is lost, until cancelled."""
+        while True:
+            retrying = AsyncRetrying(
+                retry=retry_if_exception_type(DeviceError),
+                wait=wait_random_exponential(multiplier=RETRY_FIRST_S, max=RETRY_MOST_S),
+            )
+            async for attempt in retrying:
+                with attempt:
+                    await self._live()
+
+    async def _live(self) -> None:
+        """Use one connection until it is lost; raise DeviceError if it lasted too briefly."""
+        connection = Connection(self._config.url, self._config.timeout.s)
+        try:
+            await connection.connect()
+            if self.period_s is None:
+                await self._subscribe(connection)
+            up_s = clock.mono_s()
+            self._up(connection)
+            error = await connection.lost()
+            self._down(error)
+        except DeviceError as failed:
+            self._down(failed)
+            raise
+        finally:
+            self._connection = None
+            await connection.close()
+        if clock.mono_s() - up_s < RETRY_MOST_S:
+            raise error
+
+    async def _subscribe(self, connection: Connection) -> None:
+        def published(items: list[tuple[int, ua.DataValue]]) -> None:
+            self._enqueue(connection, items)
+
+        statuses = await connection.subscribe(self._nodes, self._config.every.s, published)
+        wrong = [(place, ua.DataValue(StatusCode=s)) for place, s in enumerate(statuses) if not s.is_good()]
+        if wrong:
+            self._enqueue(connection, wrong)
+
+    def _enqueue(self, connection: Connection, items: list[tuple[int, ua.DataValue]]) -> None:
+        if self._queued + len(items) > self._queue_most:
+            what = (
+                f"{self._queued + len(items)} readings wait to be taken; expected {self._queue_most} at most"
+            )
+            hint = "disconnected: values are lost until the present ones come; make `every` longer"
+            connection.lose(NotConnected("overload", f"{what}; {hint}"))
+            return
+        self._note_overflow(items)
+        self._queue.append((clock.wall_ms(), items))
+        self._queued += len(items)
+        self._news.set()
+
+    def _note_overflow(self, items: list[tuple[int, ua.DataValue]]) -> None:
+        new = {self._tags[place][0] for place, data in items if values.overflowed(data)} - self._overflowing
+        if new:
+            self._overflowing |= new
+            log.warning(
+                "%s: the server discards unpublished values of %s; a shorter `every` keeps them",
+                self._where,
+                ", ".join(sorted(new)),
+            )
+
+    def _up(self, connection: Connection) -> None:
+        self._connection = connection
+        self._failure = None
+        self._news.set()
+        if self._down_since_s is None:
+            log.info("%s: connected", self._where)
+        else:
+            down_s = clock.mono_s() - self._down_since_s
+            log.info("%s: back after %d failures, %.0f s", self._where, self._failures, down_s)
+        self._down_since_s = None
+        self._failures = 0
+
+    def _down(self, error: DeviceError) -> None:
+        self._connection = None
+        self._failure = error
+        if self.period_s is None:
+            if self._queue and isinstance(self._queue[-1], DeviceError):
+                self._queue.pop()
+            self._queue.append(error)
+        self._news.set()
+        self._failures += 1
+        if self._down_since_s is None:
+            self._down_since_s = clock.mono_s()
+            log.warning("%s: %s", self._where, error)
+
+    def _located(self, error: DeviceError) -> DeviceError:
+        return type(error)(error.reason, f"{self._where}: {error}")
