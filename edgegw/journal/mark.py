@@ -9,6 +9,8 @@ from pathlib import Path
 
 import msgspec
 
+from edgegw.errors import JournalError
+
 _WIDTH = 120
 
 
@@ -25,6 +27,7 @@ class MarkFile:
 
     def __init__(self, journal: Path) -> None:
         self.path = journal.with_name(journal.name + ".mark")
+        self._written = b""
 
     def read(self) -> Mark | None:
         """Return the mark, None if there is none or it cannot be read as one."""
@@ -34,12 +37,26 @@ class MarkFile:
             return None
 
     def write(self, mark: Mark, *, sync: bool) -> None:
-        """Write the mark in place; raise OSError."""
+        """Write the mark in place; raise JournalError."""
         line = msgspec.json.encode(mark).ljust(_WIDTH) + b"\n"
-        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o640)
+        if line == self._written and not sync:
+            return
         try:
-            os.pwrite(fd, line, 0)
-            if sync:
-                os.fdatasync(fd)
-        finally:
-            os.close(fd)
+            fd = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o640)
+            try:
+                os.pwrite(fd, line, 0)
+                if sync:
+                    os.fdatasync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise JournalError(f"journal's mark {self.path}: {(error.strerror or str(error)).lower()}") from error
+        self._written = line
+
+    def remove(self) -> None:
+        """Take the mark away; raise JournalError."""
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise JournalError(f"journal's mark {self.path}: {(error.strerror or str(error)).lower()}") from error
+        self._written = b""

@@ -7,13 +7,24 @@ from edgegw.domain.ranges import Ranges
 from edgegw.journal.store import Stored
 
 
+class Loss(NamedTuple):
+    """Records that nobody upstream has and that go all the same; `digest` is the last batch's."""
+
+    first: int
+    last: int
+    digest: bytes
+    batches: int
+
+
 class Doom(NamedTuple):
-    """Batches to delete, as ranges of seqs, and those of them that nobody upstream has."""
+    """Batches to delete, as ranges of seqs, which of them are a loss, and what it gives back."""
 
     ranges: list[tuple[int, int]]
-    lost: list[tuple[int, int, bytes]]
-    """first, last, and the hash of the last batch gone."""
+    lost: list[Loss]
     bytes: int
+
+
+NOTHING = Doom([], [], 0)
 
 
 def expired(oldest: Iterable[Stored], settled: Ranges, before_ms: int) -> Doom:
@@ -43,7 +54,7 @@ def make_room(oldest: Iterable[Stored], settled: Ranges, need_bytes: int) -> Doo
 
 def _doom(doomed: list[Stored], settled: Ranges) -> Doom:
     ranges: list[tuple[int, int]] = []
-    lost: list[tuple[int, int, bytes]] = []
+    lost: list[Loss] = []
     for stored in doomed:
         if ranges and ranges[-1][1] == stored.first - 1:
             ranges[-1] = (ranges[-1][0], stored.last)
@@ -51,10 +62,10 @@ def _doom(doomed: list[Stored], settled: Ranges) -> Doom:
             ranges.append((stored.first, stored.last))
         if settled.covers(stored.first, stored.last):
             continue
-        if lost and lost[-1][1] == stored.first - 1:
-            lost[-1] = (lost[-1][0], stored.last, stored.digest)
+        if lost and lost[-1].last == stored.first - 1:
+            lost[-1] = Loss(lost[-1].first, stored.last, stored.digest, lost[-1].batches + 1)
         else:
-            lost.append((stored.first, stored.last, stored.digest))
+            lost.append(Loss(stored.first, stored.last, stored.digest, 1))
     return Doom(ranges, lost, sum(stored.bytes for stored in doomed))
 
 

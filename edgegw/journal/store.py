@@ -179,15 +179,11 @@ class Reader:
             self._db.set_busy_timeout(5_000)
             if self._db.pragma("application_id") != APPLICATION_ID:
                 raise JournalDamaged(f"journal {path}: not a journal; expected one that edgegw made")
+            self.stream = str(self._db.execute("SELECT id FROM stream").get)
 
     def close(self) -> None:
         """Close the connection."""
         self._db.close(True)
-
-    def stream(self) -> str:
-        """Return the journal's stream."""
-        with _mapped(self.path, "read"):
-            return str(self._db.execute("SELECT id FROM stream").get)
 
     def tip(self) -> Tip:
         """Return where the journal ends."""
@@ -242,7 +238,8 @@ class Reader:
                 count, ts = row.fetchone()
                 pending += count
                 oldest = oldest if ts is None or (oldest is not None and oldest < ts) else ts
-        return Figures(*totals, pending, oldest)
+        batches, records, json_bytes, stored_bytes = totals
+        return Figures(batches, records, json_bytes, stored_bytes, pending, oldest)
 
     def oldest_ts(self, first: int, last: int) -> int | None:
         """Return the time of the first batch that begins within `first` to `last`, None if there is none."""

@@ -14,7 +14,8 @@ from edgegw import clock
 from edgegw.config.schema import Uplink
 from edgegw.domain.batch import Batch
 from edgegw.errors import JournalError, UplinkError
-from edgegw.journal.journal import Committed, Journal
+from edgegw.journal.journal import Journal
+from edgegw.journal.writer import Committed
 from edgegw.uplink.mqtt import Ack, Connection
 from edgegw.uplink.pacer import Pacer
 

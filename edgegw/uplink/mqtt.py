@@ -137,7 +137,7 @@ class Connection:
         """Hand a QoS 1 message to the connection and return the id its acknowledgement will bear."""
         properties = None
         if content_type and self._v5:
-            properties = Properties(PacketTypes.PUBLISH)
+            properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
             properties.ContentType = content_type
         info = self._client.publish(topic, payload, qos=1, retain=retain, properties=properties)
         return info.mid
@@ -145,6 +145,7 @@ class Connection:
     def close(self) -> None:
         """Say goodbye, so that the broker does not publish the will."""
         self._client.disconnect()
+        self._client.loop_write()
         self.drop()
 
     def drop(self) -> None:

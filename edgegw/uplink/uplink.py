@@ -14,7 +14,8 @@ from edgegw.config.load import secret
 from edgegw.config.schema import Config
 from edgegw.domain.record import Event
 from edgegw.errors import ConfigError, UplinkError
-from edgegw.journal.journal import Committed, Journal
+from edgegw.journal.journal import Journal
+from edgegw.journal.writer import Committed
 from edgegw.uplink import mqtt
 from edgegw.uplink.drain import Drain
 from edgegw.uplink.link import Link, advance

@@ -1,0 +1,81 @@
+"""The inbox: where records wait for the writer, never long and never without bound."""
+
+import asyncio
+import threading
+from collections import deque
+from typing import NamedTuple
+
+from edgegw.domain.record import Event, Record, Scan
+from edgegw.journal.store import Stored
+
+READINGS = 500_000
+"""Readings that may wait before new ones are lost: about 40 MB."""
+
+
+class Lost:
+    """Stands for records that found the inbox full."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class Taken(NamedTuple):
+    """What the writer takes at one turn: records and losses in order, and what else it was asked to do."""
+
+    items: list[Record | Lost]
+    flushes: list[asyncio.Future[None]]
+    condemned: list[Stored]
+
+
+class Inbox:
+    """Filled on the event loop's thread, emptied by the writer's."""
+
+    def __init__(self) -> None:
+        self._items: deque[Record | Lost | Stored | asyncio.Future[None]] = deque()
+        self._put = self._got = 0
+        self._losing: Lost | None = None
+        self._lock = threading.Lock()
+
+    def __bool__(self) -> bool:
+        return bool(self._items)
+
+    def put(self, record: Record) -> None:
+        """Take a record. Events are always taken; scans are counted as lost while the inbox is full."""
+        weight = len(record.values) if isinstance(record, Scan) else 1
+        if self._put - self._got > READINGS and not isinstance(record, Event):
+            with self._lock:
+                if self._losing is None:
+                    self._losing = Lost()
+                    self._items.append(self._losing)
+                self._losing.count += 1
+            return
+        self._losing = None
+        self._put += weight
+        self._items.append(record)
+
+    def ask(self, wish: Stored | asyncio.Future[None]) -> None:
+        """Ask for a flush (a future, resolved when all before it is durable) or condemn a damaged batch."""
+        self._items.append(wish)
+
+    def take(self) -> Taken:
+        """Empty the inbox."""
+        taken = Taken([], [], [])
+        weight = 0
+        while self._items:
+            item = self._items.popleft()
+            if isinstance(item, Stored):
+                taken.condemned.append(item)
+            elif isinstance(item, asyncio.Future):
+                taken.flushes.append(item)
+            else:
+                if isinstance(item, Lost):
+                    with self._lock:  # from here on its count stands
+                        if self._losing is item:
+                            self._losing = None
+                else:
+                    weight += len(item.values) if isinstance(item, Scan) else 1
+                taken.items.append(item)
+        self._got += weight
+        return taken

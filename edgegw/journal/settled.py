@@ -1,0 +1,46 @@
+"""What needs no sending any more: acknowledged by the upstream, or gone and named in a gap."""
+
+import threading
+
+from edgegw.domain.ranges import Ranges
+
+
+class Settled:
+    """A set of seqs that the event loop and the writer share, and the count of batches outside it."""
+
+    def __init__(self) -> None:
+        self.pending_batches = 0
+        self.dirty = False
+        self._ranges = Ranges()
+        self._lock = threading.Lock()
+
+    def acknowledge(self, first: int, last: int) -> None:
+        """Note that the upstream has a batch."""
+        with self._lock:
+            if not self._ranges.covers(first, last):
+                self._ranges.add(first, last)
+                self.pending_batches -= 1
+                self.dirty = True
+
+    def gone(self, first: int, last: int, pending: int) -> None:
+        """Note that seqs are gone for good, and with them `pending` batches that nobody upstream has."""
+        with self._lock:
+            self._ranges.add(first, last)
+            self.pending_batches -= pending
+            self.dirty = True
+
+    def appended(self, batches: int) -> None:
+        """Count new batches."""
+        with self._lock:
+            self.pending_batches += batches
+
+    def begin(self, ranges: Ranges, pending_batches: int) -> None:
+        """Start from what a journal says of itself."""
+        with self._lock:
+            self._ranges = ranges
+            self.pending_batches = pending_batches
+
+    def copy(self) -> Ranges:
+        """Return the set as it is now."""
+        with self._lock:
+            return self._ranges.copy()
