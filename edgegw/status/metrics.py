@@ -18,7 +18,7 @@ _JOURNAL = {
 def render(snapshot: dict[str, Any]) -> tuple[str, bytes]:
     """Return content type and text of the metrics of a status snapshot."""
     registry = CollectorRegistry()
-    registry.register(_Collector(snapshot))  # type: ignore[arg-type]
+    registry.register(_Collector(snapshot))
     return CONTENT_TYPE_LATEST, generate_latest(registry)
 
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import ssl
 from collections import deque
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from urllib.parse import parse_qs, urlsplit
 
 from pymodbus.client import AsyncModbusSerialClient, AsyncModbusTcpClient, AsyncModbusTlsClient
@@ -115,8 +115,7 @@ class _Wire(asyncio.Protocol):
         self._silent: set[int] = set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by descent
         self.open = True
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -294,7 +293,7 @@ class ClientTransport:
                 raise BadAnswer("garbage", str(error).lower()) from None
             if response.isError():
                 return bytes((response.function_code, response.exception_code))
-            return bytes((response.function_code,)) + response.body
+            return bytes((response.function_code,)) + bytes(response.body)
 
     def close(self) -> None:
         """Close the connection; what is on the way raises NotConnected."""
