@@ -58,7 +58,12 @@ class Gateway:
         if self._notifier.watchdog_s is not None:
             self._services.start("watchdog", self._watchdog)
         self._notifier.send("READY=1", "STATUS=polling")
-        log.info("gateway %s: %d devices, journal %s", self._config.gateway.id, len(self._scanners), self._journal.path)
+        log.info(
+            "gateway %s: %d devices, journal %s",
+            self._config.gateway.id,
+            len(self._scanners),
+            self._journal.path,
+        )
 
         await stop.wait()
         self._notifier.send("STOPPING=1")
@@ -96,7 +101,9 @@ class Gateway:
             for problem in error.problems:
                 log.error("reload: %s", problem)
             log.error("reload: the configuration is wrong; the old one stays in force")
-            self._journal.append(Event(clock.wall_ms(), "config", {"ok": False, "errors": error.problems[:20]}))
+            self._journal.append(
+                Event(clock.wall_ms(), "config", {"ok": False, "errors": error.problems[:20]})
+            )
         else:
             await self._apply(config)
         self._notifier.send("READY=1")

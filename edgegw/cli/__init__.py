@@ -55,9 +55,8 @@ def main() -> None:
     from edgegw.errors import ConfigError, EdgegwError
 
     try:
-        cli.main(standalone_mode=False)
-    except click.exceptions.Exit as left:
-        sys.exit(left.exit_code)
+        left = cli.main(standalone_mode=False)
+        sys.exit(left if isinstance(left, int) else 0)
     except click.ClickException as error:
         error.show()
         sys.exit(2)

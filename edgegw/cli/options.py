@@ -3,11 +3,15 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgegw.config.schema import Config
+if TYPE_CHECKING:
+    from edgegw.config.schema import Config
+    from edgegw.journal.store import Reader
+
+from edgegw.errors import JournalError
 
 config_option: Callable[..., Any] = click.option(
     "-c", "--config", "config_path", type=click.Path(path_type=Path),
@@ -16,11 +20,24 @@ config_option: Callable[..., Any] = click.option(
 json_option: Callable[..., Any] = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-def load_config(path: Path | None) -> Config:
-    """Load the configuration a command was pointed to; raise ConfigError."""
+def load_config(path: Path | None) -> "tuple[Config, Path]":
+    """Load the configuration a command was pointed to and say where it was; raise ConfigError."""
     from edgegw.config.load import find, load
 
-    return load(find(path))
+    found = find(path)
+    return load(found), found
+
+
+def open_journal(path: Path | None) -> "tuple[Reader, Config]":
+    """Open the configured journal for reading; raise JournalError."""
+    from edgegw.config.load import journal_path
+    from edgegw.journal.store import Reader
+
+    config, found = load_config(path)
+    file = journal_path(config, found)
+    if not file.exists():
+        raise JournalError(f"journal {file}: not there; it is made when the gateway first runs")
+    return Reader(file), config
 
 
 def print_json(value: Any) -> None:

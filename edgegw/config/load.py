@@ -31,7 +31,9 @@ def load(path: Path) -> Config:
         text = path.read_text(encoding="utf-8")
         raw = tomllib.loads(text)
     except OSError as error:
-        raise ConfigError([f"{path}: {(error.strerror or str(error)).lower()}; name the file with --config"]) from None
+        raise ConfigError(
+            [f"{path}: {(error.strerror or str(error)).lower()}; name the file with --config"]
+        ) from None
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path}: not UTF-8 text (byte {error.start})"]) from None
     except tomllib.TOMLDecodeError as error:
@@ -60,7 +62,9 @@ def secret(path: str, config_path: Path) -> str:
     try:
         return (config_path.parent / name).read_text(encoding="utf-8").rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path}: cannot be read: {error}; expected a file that holds the password"]) from None
+        raise ConfigError(
+            [f"{path}: cannot be read: {error}; expected a file that holds the password"]
+        ) from None
 
 
 Problem = tuple[tuple[str, ...], str]

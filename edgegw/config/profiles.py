@@ -9,7 +9,9 @@ from typing import Any
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
-def with_profiles(raw: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[tuple[tuple[str, ...], str]]]:
+def with_profiles(
+    raw: dict[str, Any], folder: Path
+) -> tuple[dict[str, Any], list[tuple[tuple[str, ...], str]]]:
     """Return the configuration with each device's profile merged beneath it, and what was wrong with that.
 
     A profile may hold any of a device's keys but `driver` and `profile`; what the device itself says wins,
@@ -47,7 +49,9 @@ def _read(name: str, folder: Path) -> dict[str, Any]:
         profile = tomllib.loads(text)
     except FileNotFoundError:
         known = sorted(p.name.removesuffix(".toml") for p in shipped_profiles())
-        raise ValueError(f"found {name!r}; there is no {beside}, and shipped are: {', '.join(known)}") from None
+        raise ValueError(
+            f"found {name!r}; there is no {beside}, and shipped are: {', '.join(known)}"
+        ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"profile {name!r} cannot be read: {error}") from None
     for key in ("driver", "profile"):
@@ -58,4 +62,8 @@ def _read(name: str, folder: Path) -> dict[str, Any]:
 
 def shipped_profiles() -> list[Path]:
     """Return the profile files that come with edgegw."""
-    return [Path(str(entry)) for entry in (resources.files("edgegw") / "profiles").iterdir() if entry.name.endswith(".toml")]
+    return [
+        Path(str(entry))
+        for entry in (resources.files("edgegw") / "profiles").iterdir()
+        if entry.name.endswith(".toml")
+    ]

@@ -11,7 +11,9 @@ from edgegw.domain.tag import GATEWAY_ID, NAME
 
 def _name(text: str) -> str:
     if not NAME.fullmatch(text):
-        raise ValueError(f"found {text!r}; expected a small letter, then small letters, digits or _, at most 63")
+        raise ValueError(
+            f"found {text!r}; expected a small letter, then small letters, digits or _, at most 63"
+        )
     return text
 
 
@@ -201,7 +203,9 @@ class ModbusTag(Guard):
         length = text.removeprefix("string:")
         if text in REGISTERS or (length != text and length.isdecimal() and 1 <= int(length) <= 250):
             return text
-        raise ValueError(f"found {text!r}; expected one of {', '.join(REGISTERS)}, or string:LEN with LEN 1 to 250 bytes")
+        raise ValueError(
+            f"found {text!r}; expected one of {', '.join(REGISTERS)}, or string:LEN with LEN 1 to 250 bytes"
+        )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -221,7 +225,9 @@ class ModbusTag(Guard):
         elif self.scale == 0.0:
             raise ValueError("found scale 0; expected a factor that leaves the value")
         if self.address.start + self.registers > 65536:
-            raise ValueError(f"{self.address} with {self.registers} registers ends behind the last address, 65535")
+            raise ValueError(
+                f"{self.address} with {self.registers} registers ends behind the last address, 65535"
+            )
         return self
 
     @property
@@ -246,7 +252,9 @@ class OpcUaTag(Guard):
     @classmethod
     def _type(cls, text: str) -> str:
         if text and text.removesuffix("[]") not in (*REGISTERS, "string"):
-            raise ValueError(f"found {text!r}; expected one of {', '.join(REGISTERS)}, string, one of these with [] behind it, or nothing")
+            raise ValueError(
+                f"found {text!r}; expected one of {', '.join(REGISTERS)}, string, one of these with [] behind it, or nothing"
+            )
         return text
 
 
@@ -299,16 +307,24 @@ class ModbusDevice(Device):
             known = {"baudrate", "parity", "bytesize", "stopbits"}
             unknown = set(parse_qs(parts.query)) - known
             if not parts.path or unknown:
-                raise ValueError(f"found {url!r}; expected serial:///dev/ttyUSB0?baudrate=9600&parity=N (also {', '.join(sorted(known))})")
+                raise ValueError(
+                    f"found {url!r}; expected serial:///dev/ttyUSB0?baudrate=9600&parity=N (also {', '.join(sorted(known))})"
+                )
         else:
-            _check_url(url, ("tcp", "tls", "rtu+tcp"), "tcp://HOST:PORT, tls://HOST:PORT, rtu+tcp://HOST:PORT or serial:///DEVICE")
+            _check_url(
+                url,
+                ("tcp", "tls", "rtu+tcp"),
+                "tcp://HOST:PORT, tls://HOST:PORT, rtu+tcp://HOST:PORT or serial:///DEVICE",
+            )
         return url
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         for name, tag in self.tags.items():
             if tag.address.table in ("holding", "input") and tag.registers > self.max_block:
-                raise ValueError(f"tag {name} takes {tag.registers} registers, more than max_block {self.max_block}")
+                raise ValueError(
+                    f"tag {name} takes {tag.registers} registers, more than max_block {self.max_block}"
+                )
         return self
 
 

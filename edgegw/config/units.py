@@ -20,11 +20,15 @@ class _Quantity(int):
             return text
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text) if isinstance(text, str) else None
         if match is None or match[2] not in cls.units:
-            raise ValueError(f'found {text!r}; expected a number and a unit of {", ".join(cls.units)}, as in {cls.example}')
+            raise ValueError(
+                f"found {text!r}; expected a number and a unit of {', '.join(cls.units)}, as in {cls.example}"
+            )
         return cls(round(float(match[1]) * cls.units[match[2]]))
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+    def __get_pydantic_core_schema__(
+        cls, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(cls.parse)
 
 
@@ -70,13 +74,17 @@ class ModbusAddress(NamedTuple):
             )
         table, start, bit = match[1], int(match[2]), int(match[3]) if match[3] else None
         if start > 65535:
-            raise ValueError(f"found address {start}; expected 0 to 65535, counted from 0 (40001 is holding:0)")
+            raise ValueError(
+                f"found address {start}; expected 0 to 65535, counted from 0 (40001 is holding:0)"
+            )
         if bit is not None and (bit > 15 or table not in ("holding", "input")):
             raise ValueError(f"found {text!r}; expected a bit 0 to 15 of a holding or input register")
         return cls(table, start, bit)
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+    def __get_pydantic_core_schema__(
+        cls, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(cls.parse)
 
     def __str__(self) -> str:

@@ -10,4 +10,3 @@ NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 """Device, tag, rule and window names."""
 
 GATEWAY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-

@@ -77,7 +77,9 @@ class Session(Generic[C]):
             self.lost()
             await self._tried.wait()
             if not self.connection.connected:
-                raise self._failure or NotConnected("connection-lost", "the connection is gone; a new one is being tried")
+                raise self._failure or NotConnected(
+                    "connection-lost", "the connection is gone; a new one is being tried"
+                )
         return self.connection
 
     def lost(self) -> None:

@@ -60,7 +60,11 @@ def _shrunk(record: Record, limit: int) -> list[tuple[int, bytes]]:
     """Encode a record that is too large for a message as several that are not."""
     if isinstance(record, Scan):
         return [(scan.ts, _encoder.encode(scan)) for scan in _split(record, limit)]
-    note = {"ts": record.ts, "event": getattr(record, "event", "config"), "error": "too large for a message and left out"}
+    note = {
+        "ts": record.ts,
+        "event": getattr(record, "event", "config"),
+        "error": "too large for a message and left out",
+    }
     return [(record.ts, _encoder.encode(note))]
 
 
@@ -73,7 +77,9 @@ def _split(scan: Scan, limit: int) -> Iterator[Scan]:
         return
     items: list[tuple[str, Value]] = list(scan.values.items())
     for half in (items[: len(items) // 2], items[len(items) // 2 :]):
-        part = Scan(scan.ts, scan.device, dict(half), {tag: quality[tag] for tag, _ in half if tag in quality} or None)
+        part = Scan(
+            scan.ts, scan.device, dict(half), {tag: quality[tag] for tag, _ in half if tag in quality} or None
+        )
         if len(_encoder.encode(part)) < limit:
             yield part
         else:

@@ -50,7 +50,9 @@ class MarkFile:
             finally:
                 os.close(fd)
         except OSError as error:
-            raise JournalError(f"journal's mark {self.path}: {(error.strerror or str(error)).lower()}") from error
+            raise JournalError(
+                f"journal's mark {self.path}: {(error.strerror or str(error)).lower()}"
+            ) from error
         self._written = line
 
     def remove(self) -> None:
@@ -58,5 +60,7 @@ class MarkFile:
         try:
             self.path.unlink(missing_ok=True)
         except OSError as error:
-            raise JournalError(f"journal's mark {self.path}: {(error.strerror or str(error)).lower()}") from error
+            raise JournalError(
+                f"journal's mark {self.path}: {(error.strerror or str(error)).lower()}"
+            ) from error
         self._written = b""

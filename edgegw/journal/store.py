@@ -68,7 +68,9 @@ class Store:
             if application == 0 and db.pragma("schema_version") == 0:
                 self._create(db, now_ms)
             elif application != APPLICATION_ID or db.pragma("user_version") != VERSION:
-                raise JournalDamaged(f"journal {self.path}: not a journal of this version; expected one that edgegw made")
+                raise JournalDamaged(
+                    f"journal {self.path}: not a journal of this version; expected one that edgegw made"
+                )
             elif check and (found := db.pragma("quick_check")) != "ok":
                 raise JournalDamaged(f"journal {self.path}: {found}")
             db.pragma("max_page_count", self._max_pages)
@@ -109,7 +111,9 @@ class Store:
         with _mapped(self.path, "read"):
             return _acked(self._open)
 
-    def append(self, rows: Sequence[Row], *, doomed: Iterable[tuple[int, int]] = (), acked: Ranges | None = None) -> None:
+    def append(
+        self, rows: Sequence[Row], *, doomed: Iterable[tuple[int, int]] = (), acked: Ranges | None = None
+    ) -> None:
         """Delete the batches within each of `doomed`, add `rows`, write down what is settled, all or nothing.
 
         It is durable when this returns.
@@ -234,7 +238,9 @@ class Reader:
             ).fetchone()
             pending, oldest = 0, None
             for gap in settled.gaps(1, head):
-                row: Any = self._db.execute("SELECT count(*), min(ts) FROM batch WHERE seq BETWEEN ? AND ?", gap)
+                row: Any = self._db.execute(
+                    "SELECT count(*), min(ts) FROM batch WHERE seq BETWEEN ? AND ?", gap
+                )
                 count, ts = row.fetchone()
                 pending += count
                 oldest = oldest if ts is None or (oldest is not None and oldest < ts) else ts
@@ -320,7 +326,9 @@ class _mapped:  # noqa: N801  reads as a statement
         if isinstance(error, apsw.CorruptError | apsw.NotADBError | apsw.FormatError):
             raise JournalDamaged(f"journal {self.path}: {self.what}: {error}") from error
         if isinstance(error, apsw.Error | OSError):
-            raise JournalError(f"journal {self.path}: {self.what}: {error or type(error).__name__}") from error
+            raise JournalError(
+                f"journal {self.path}: {self.what}: {error or type(error).__name__}"
+            ) from error
 
 
 class _transaction:  # noqa: N801  reads as a statement

@@ -152,7 +152,13 @@ class Writer:
         settled = _last_words(self._path)
         aside = set_aside(self._path, stamp)
         self._mark.remove()
-        log.error("journal %s: %s (%s); set aside as %s, a new stream begins", self._path, reason, detail, aside.name)
+        log.error(
+            "journal %s: %s (%s); set aside as %s, a new stream begins",
+            self._path,
+            reason,
+            detail,
+            aside.name,
+        )
         fields: dict[str, object] = {"reason": reason, "set_aside": aside.name}
         if mark is not None:
             fields |= {"previous": mark.stream, "previous_head": mark.head}
@@ -277,7 +283,9 @@ class Writer:
             log.error("journal: records %d to %d are gone for good; a gap event says so", gap.first, gap.last)
             self._settled.gone(gap.first, gap.last, gap.batches)
         if sealed:
-            self._tell(Committed(self.stream, [made.batch for made in sealed], [made.body for made in sealed]), [])
+            self._tell(
+                Committed(self.stream, [made.batch for made in sealed], [made.body for made in sealed]), []
+            )
 
     # -- what goes ---------------------------------------------------------------------------------------
 

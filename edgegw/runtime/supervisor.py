@@ -49,6 +49,8 @@ class Supervisor:
             except Exception:  # the supervisor's own edge: a bug in one service must not stop the others
                 self.crashes += 1
                 restarts = 0 if clock.mono_s() - began_s > CALM_S else restarts + 1
-                pause_s = random.uniform(0.5, 1.0) * min(RESTART_MOST_S, RESTART_FIRST_S * 2 ** min(restarts, 10))
+                pause_s = random.uniform(0.5, 1.0) * min(
+                    RESTART_MOST_S, RESTART_FIRST_S * 2 ** min(restarts, 10)
+                )
                 log.exception("%s crashed; it starts again in %.1f s", name, pause_s)
                 await asyncio.sleep(pause_s)

@@ -20,7 +20,9 @@ RETRY_MOST_S = 5.0
 class Scanner:
     """Scans one device for ever; what goes wrong with it stays with it."""
 
-    def __init__(self, name: str, driver: Driver, append: Callable[[Record], None], image: dict[str, Scan]) -> None:
+    def __init__(
+        self, name: str, driver: Driver, append: Callable[[Record], None], image: dict[str, Scan]
+    ) -> None:
         self.name = name
         self.state = "unknown"
         self.reason: str | None = None
@@ -58,7 +60,9 @@ class Scanner:
         for scan in scans:
             self._append(scan)
             known = self._image.get(self.name)
-            self._image[self.name] = scan if known is None or len(scan.values) >= len(known.values) else merge(known, scan)
+            self._image[self.name] = (
+                scan if known is None or len(scan.values) >= len(known.values) else merge(known, scan)
+            )
             self.readings += len(scan.values)
             self.last_ts = scan.ts
         self.scans += len(scans)

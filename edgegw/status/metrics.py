@@ -29,7 +29,9 @@ class _Collector:
     def collect(self) -> list[Metric]:
         snapshot = self._snapshot
         made: list[Metric] = [
-            GaugeMetricFamily("edgegw_link_online", "1 if the link is online", value=snapshot["link"]["state"] == "online"),
+            GaugeMetricFamily(
+                "edgegw_link_online", "1 if the link is online", value=snapshot["link"]["state"] == "online"
+            ),
             CounterMetricFamily("edgegw_readings", "readings taken since start", value=snapshot["readings"]),
         ]
         for key, about in _JOURNAL.items():
@@ -37,7 +39,9 @@ class _Collector:
         up = GaugeMetricFamily("edgegw_device_up", "1 if the device answers", labels=["device"])
         scans = CounterMetricFamily("edgegw_device_scans", "scans", labels=["device"])
         errors = CounterMetricFamily("edgegw_device_errors", "scans that failed", labels=["device"])
-        skipped = CounterMetricFamily("edgegw_device_skipped", "scans passed over because the last took too long", labels=["device"])
+        skipped = CounterMetricFamily(
+            "edgegw_device_skipped", "scans passed over because the last took too long", labels=["device"]
+        )
         for name, device in snapshot["devices"].items():
             up.add_metric([name], device["state"] == "good")
             scans.add_metric([name], device["scans"])

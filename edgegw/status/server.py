@@ -33,7 +33,12 @@ class StatusServer:
                 server = await asyncio.start_server(self._serve, self._host, self._port, limit=REQUEST_BYTES)
             except OSError as error:
                 if not said:
-                    log.error("status.http (%s:%d): %s; no status page until it is free", self._host, self._port, error.strerror)
+                    log.error(
+                        "status.http (%s:%d): %s; no status page until it is free",
+                        self._host,
+                        self._port,
+                        error.strerror,
+                    )
                 said = True
                 await asyncio.sleep(RETRY_S)
                 continue

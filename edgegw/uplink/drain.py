@@ -42,7 +42,9 @@ class _OnTheWay(NamedTuple):
 class Drain:
     """Sends what is pending over one connection until that is lost."""
 
-    def __init__(self, config: Uplink, topic: str, journal: Journal, connection: Connection, commit_s: float) -> None:
+    def __init__(
+        self, config: Uplink, topic: str, journal: Journal, connection: Connection, commit_s: float
+    ) -> None:
         self._config = config
         self._topic = topic
         self._journal = journal
@@ -163,7 +165,9 @@ class Drain:
             if not sent.live:
                 self._pacer.acknowledged(sent.sent_s, now_s)
             if self._refusals:
-                log.warning("uplink %s: takes batches again after %d refusals", self._connection.url, self._refusals)
+                log.warning(
+                    "uplink %s: takes batches again after %d refusals", self._connection.url, self._refusals
+                )
             self._refusals = 0
         else:
             self._refused(sent.batch, ack, now_s)
@@ -173,7 +177,12 @@ class Drain:
         """Leave the batch pending, and hold the backlog back for a while."""
         if not self._refusals:
             why = ack.reason if not ack.accepted else "nobody is subscribed"
-            log.error("uplink %s: batch %d was not taken: %s; it stays pending", self._connection.url, batch.seq, why)
+            log.error(
+                "uplink %s: batch %d was not taken: %s; it stays pending",
+                self._connection.url,
+                batch.seq,
+                why,
+            )
         self._hold_until_s = now_s + min(REFUSED_MOST_S, REFUSED_FIRST_S * 2 ** min(self._refusals, 10))
         self._refusals += 1
         self._pacer.restart()

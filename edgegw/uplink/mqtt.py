@@ -59,7 +59,7 @@ class _ProtocolRefused(UplinkError):
     """The broker does not speak this version of MQTT."""
 
 
-async def connect(url: str, protocol: str, login: Login, will: Will) -> "Connection":
+async def connect(url: str, protocol: str, login: Login, will: Will | None = None) -> "Connection":
     """Connect to one broker; `auto` tries MQTT 5, then 3.1.1. Raise UplinkError."""
     for version in ("5", "3.1.1") if protocol == "auto" else (protocol,):
         connection = Connection(url, version, login, will)
@@ -81,7 +81,7 @@ async def connect(url: str, protocol: str, login: Login, will: Will) -> "Connect
 class Connection:
     """One connection to a broker, from its opening to its loss."""
 
-    def __init__(self, url: str, protocol: str, login: Login, will: Will) -> None:
+    def __init__(self, url: str, protocol: str, login: Login, will: Will | None) -> None:
         self.url = url
         self.protocol = protocol
         self.receive_maximum = 65535
@@ -105,7 +105,8 @@ class Connection:
         )
         client.connect_timeout = CONNECT_S
         client.max_inflight_messages_set(0)  # the drain keeps its own window
-        client.will_set(will.topic, will.payload, qos=1, retain=True)
+        if will is not None:
+            client.will_set(will.topic, will.payload, qos=1, retain=True)
         if login.username:
             client.username_pw_set(login.username, login.password or None)
         if secure:
@@ -123,7 +124,9 @@ class Connection:
         """Connect and wait for the broker's word; raise UplinkError."""
         try:
             async with asyncio.timeout(CONNECT_S):
-                await asyncio.to_thread(self._client.connect, self._host, self._port, KEEPALIVE_S, clean_start=self._v5)
+                await asyncio.to_thread(
+                    self._client.connect, self._host, self._port, KEEPALIVE_S, clean_start=self._v5
+                )
                 self._keep_house()
                 await self._opened
         except TimeoutError:
@@ -133,7 +136,9 @@ class Connection:
         except OSError as error:
             raise UplinkError(f"uplink {self.url}: {(error.strerror or str(error)).lower()}") from None
 
-    def publish(self, topic: str, payload: bytes, *, retain: bool = False, content_type: str | None = None) -> int:
+    def publish(
+        self, topic: str, payload: bytes, *, retain: bool = False, content_type: str | None = None
+    ) -> int:
         """Hand a QoS 1 message to the connection and return the id its acknowledgement will bear."""
         properties = None
         if content_type and self._v5:
@@ -175,7 +180,9 @@ class Connection:
 
     # -- paho's callbacks: all on the event loop's thread, but those about the socket while connecting ------
 
-    def _on_connect(self, client: Any, userdata: Any, flags: Any, reason: ReasonCode, properties: Any) -> None:
+    def _on_connect(
+        self, client: Any, userdata: Any, flags: Any, reason: ReasonCode, properties: Any
+    ) -> None:
         if self._opened.done():
             return
         if reason.is_failure:
@@ -187,7 +194,9 @@ class Connection:
             self.maximum_packet_size = getattr(properties, "MaximumPacketSize", None)
         self._opened.set_result(None)
 
-    def _on_disconnect(self, client: Any, userdata: Any, flags: Any, reason: ReasonCode, properties: Any) -> None:
+    def _on_disconnect(
+        self, client: Any, userdata: Any, flags: Any, reason: ReasonCode, properties: Any
+    ) -> None:
         if not self._opened.done() and self._v5:
             # an old broker hangs up on the unknown version without a word (MQTT 3.1.1, 3.1.2.2)
             self._opened.set_exception(_ProtocolRefused(f"uplink {self.url}: hung up: {reason}".lower()))

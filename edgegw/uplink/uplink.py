@@ -29,7 +29,9 @@ GOODBYE_S = 1.0
 class UplinkService:
     """Keeps one connection upstream, and knows the state of the link."""
 
-    def __init__(self, config: Config, config_path: Path, journal: Journal, changed: Callable[[Link], None]) -> None:
+    def __init__(
+        self, config: Config, config_path: Path, journal: Journal, changed: Callable[[Link], None]
+    ) -> None:
         self.link = Link("offline", clock.wall_ms(), clock.mono_s())
         self.broker: str | None = None
         self._config = config
@@ -38,6 +40,7 @@ class UplinkService:
         self._changed = changed
         self._drain: Drain | None = None
         self._connection: mqtt.Connection | None = None
+        self._leaving = False
         self._failures = 0
         self._lost_since = clock.mono_s()
 
@@ -56,12 +59,14 @@ class UplinkService:
                 try:
                     await self._use(connection)
                 except UplinkError as error:
+                    if self._leaving:
+                        return
                     log.warning("%s; records stay in the journal", error)
                 finally:
                     self._connection = self._drain = self.broker = None
                     connection.drop()
                     self._lost_since = clock.mono_s()
-                    self._set_link(connected=False)
+                self._set_link(connected=False)
                 jitter_s = self._config.uplink.reconnect_jitter.s
                 await asyncio.sleep(random.uniform(0.0, jitter_s))
         finally:
@@ -72,6 +77,7 @@ class UplinkService:
         connection, drain = self._connection, self._drain
         if connection is None or drain is None:
             return
+        self._leaving = True
         await drain.settle(SETTLE_S)
         said = asyncio.Event()
         connection.acknowledged = lambda mid, ack: said.set()
@@ -94,12 +100,13 @@ class UplinkService:
         return await retrying(self._try_brokers)
 
     async def _try_brokers(self) -> mqtt.Connection:
-        uplink = self._config.uplink
-        protocol = "5" if uplink.acknowledge == "subscriber" else uplink.protocol
+        will = mqtt.Will(*self._status("offline"))
         failures = []
-        for url in uplink.url:
+        for url in self._config.uplink.url:
             try:
-                return await mqtt.connect(url, protocol, self._login(), mqtt.Will(*self._status("offline")))
+                return await mqtt.connect(
+                    url, protocol(self._config), login(self._config, self._config_path), will
+                )
             except UplinkError as error:
                 failures.append(str(error))
         raise UplinkError("; ".join(failures))
@@ -133,16 +140,6 @@ class UplinkService:
         }
         return f"{self._config.topic}/status", msgspec.json.encode(payload)
 
-    def _login(self) -> mqtt.Login:
-        uplink = self._config.uplink
-        try:
-            password = secret(uplink.password_file, self._config_path) if uplink.password_file else ""
-        except ConfigError as error:
-            raise UplinkError(f"uplink.password_file: {error}") from None
-        folder = self._config_path.parent
-        files = [str(folder / name) if name else "" for name in (uplink.ca_file, uplink.cert_file, uplink.key_file)]
-        return mqtt.Login(f"edgegw-{self._config.gateway.id}", uplink.username, password, *files)
-
     async def _watch_island(self) -> None:
         while True:
             self._set_link(connected=self._connection is not None)
@@ -161,3 +158,22 @@ class UplinkService:
             fields = {"state": link.state, "from": was.state}
             self._journal.append(Event(link.since_ms, "link", fields))
             self._changed(link)
+
+
+def protocol(config: Config) -> str:
+    """Return the MQTT versions to try: only MQTT 5 tells whether somebody was subscribed."""
+    return "5" if config.uplink.acknowledge == "subscriber" else config.uplink.protocol
+
+
+def login(config: Config, config_path: Path, suffix: str = "") -> mqtt.Login:
+    """Return how the gateway presents itself to its brokers; raise UplinkError if the password cannot be read."""
+    uplink = config.uplink
+    try:
+        password = secret(uplink.password_file, config_path) if uplink.password_file else ""
+    except ConfigError as error:
+        raise UplinkError(f"uplink.password_file: {error}") from None
+    files = [
+        str(config_path.parent / name) if name else ""
+        for name in (uplink.ca_file, uplink.cert_file, uplink.key_file)
+    ]
+    return mqtt.Login(f"edgegw-{config.gateway.id}{suffix}", uplink.username, password, *files)

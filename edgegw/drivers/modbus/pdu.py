@@ -38,4 +38,6 @@ def read_answer(request: bytes, answer: bytes) -> bytes:
     if len(answer) == 2 and answer[0] == function | 0x80:
         reason = EXCEPTIONS.get(answer[1], f"exception-{answer[1]}")
         raise Refused(reason, f"exception {answer[1]} ({reason})")
-    raise BadAnswer("wrong-function", f"an answer to function {answer[0] if answer else None}; expected {function}")
+    raise BadAnswer(
+        "wrong-function", f"an answer to function {answer[0] if answer else None}; expected {function}"
+    )

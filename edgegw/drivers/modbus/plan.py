@@ -70,7 +70,8 @@ def plan(tags: Mapping[str, ModbusTag], max_block: int = 125, max_gap: int = 8) 
 def split(block: Block) -> list[Block]:
     """Return one read for each tag of a block that the device refused as a whole, to find the hole."""
     return [
-        Block(block.table, block.start + placed.at, placed.tag.registers, (placed._replace(at=0),)) for placed in block.tags
+        Block(block.table, block.start + placed.at, placed.tag.registers, (placed._replace(at=0),))
+        for placed in block.tags
     ]
 
 

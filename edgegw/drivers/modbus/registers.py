@@ -95,7 +95,9 @@ def _layout(block: Block) -> tuple[struct.Struct, Callable[[bytes], bytes] | Non
         return struct.Struct(">" + "".join(pieces)), None
     # overlapping tags or other byte orders: put every value's bytes one behind the other first
     pick = itemgetter(*order)
-    return struct.Struct(">" + "".join(_code(placed.tag) for placed in block.tags)), lambda data: bytes(pick(data))
+    return struct.Struct(">" + "".join(_code(placed.tag) for placed in block.tags)), lambda data: bytes(
+        pick(data)
+    )
 
 
 def _code(tag: ModbusTag) -> str:

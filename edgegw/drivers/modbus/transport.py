@@ -77,7 +77,9 @@ class TcpTransport:
         except TimeoutError:
             raise NotConnected("unreachable", f"no connection in {timeout_s} s") from None
         except ConnectionRefusedError:
-            raise NotConnected("refused", "connection refused; is it switched on, and is the port right?") from None
+            raise NotConnected(
+                "refused", "connection refused; is it switched on, and is the port right?"
+            ) from None
         except OSError as error:
             raise NotConnected("unreachable", (error.strerror or str(error)).lower()) from None
 
@@ -269,7 +271,9 @@ class ClientTransport:
                 done = await client.connect()
         except (TimeoutError, OSError, ModbusException) as error:
             client.close()
-            raise NotConnected("unreachable", str(error).lower() or f"no connection in {timeout_s} s") from None
+            raise NotConnected(
+                "unreachable", str(error).lower() or f"no connection in {timeout_s} s"
+            ) from None
         if not done:
             client.close()
             raise NotConnected("refused", "no connection; is it switched on, and is the address right?")
@@ -318,7 +322,9 @@ def _client(url: str, timeout_s: float) -> Any:
             **common,
         )
     elif parts.scheme == "rtu+tcp":
-        client = AsyncModbusTcpClient(parts.hostname or "", port=parts.port or 502, framer=FramerType.RTU, **common)
+        client = AsyncModbusTcpClient(
+            parts.hostname or "", port=parts.port or 502, framer=FramerType.RTU, **common
+        )
     else:
         client = AsyncModbusTlsClient(
             parts.hostname or "", port=parts.port or 802, sslctx=ssl.create_default_context(), **common
@@ -326,5 +332,3 @@ def _client(url: str, timeout_s: float) -> Any:
     for function in (1, 2, 3, 4, 5, 6, 15, 16):
         client.register(_raw_response(function))
     return client
-
-

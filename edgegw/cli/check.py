@@ -1,0 +1,84 @@
+"""`edgegw check`: is the configuration right, and with --connect, does everything answer."""
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgegw.cli.options import config_option, json_option, load_config, print_json
+
+if TYPE_CHECKING:
+    from edgegw.config.schema import Config
+
+DEVICE_S = 10.0
+
+
+@click.command("check")
+@config_option
+@click.option("--connect", is_flag=True, help="Also try every device and broker.")
+@json_option
+def command(config_path: Path | None, connect: bool, as_json: bool) -> None:
+    """Validate the configuration; exit 2 with every mistake if it is wrong.
+
+    With --connect every device is read once and every broker is logged in to; exit 1 if any of them fails.
+    """
+    config, path = load_config(config_path)
+    tags = sum(len(device.tags) for device in config.device.values())
+    found: dict[str, str | None] = {}
+    if connect:
+        found = asyncio.run(_connect(config, path))
+    failed = {name: error for name, error in found.items() if error is not None}
+    if as_json:
+        print_json(
+            {
+                "ok": not failed,
+                "config": str(path),
+                "devices": len(config.device),
+                "tags": tags,
+                "tried": found,
+            }
+        )
+    else:
+        click.echo(f"{path}: {len(config.device)} devices, {tags} tags: the configuration is right")
+        for name, error in found.items():
+            click.echo(f"  {'ok    ' if error is None else 'FAILED'} {error or name}")
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+async def _connect(config: "Config", path: Path) -> dict[str, str | None]:
+    """Try everything at once; return what went wrong by name, None for what is well."""
+    names = [*(f"device.{name}" for name in config.device), *(f"uplink {url}" for url in config.uplink.url)]
+    tries = [
+        *(_device(config, name) for name in config.device),
+        *(_broker(config, path, url) for url in config.uplink.url),
+    ]
+    return dict(zip(names, await asyncio.gather(*tries), strict=True))
+
+
+async def _device(config: "Config", name: str) -> str | None:
+    from edgegw.drivers.registry import Drivers
+    from edgegw.errors import DeviceError
+
+    try:
+        async with asyncio.timeout(DEVICE_S), Drivers().make(name, config.device[name]) as driver:
+            await driver.check()
+    except DeviceError as error:
+        return str(error)
+    except TimeoutError:
+        return f"device.{name}: nothing in {DEVICE_S:.0f} s"
+    return None
+
+
+async def _broker(config: "Config", path: Path, url: str) -> str | None:
+    from edgegw.errors import UplinkError
+    from edgegw.uplink import mqtt
+    from edgegw.uplink.uplink import login, protocol
+
+    try:
+        connection = await mqtt.connect(url, protocol(config), login(config, path, "-check"))
+    except UplinkError as error:
+        return str(error)
+    connection.close()
+    return None
