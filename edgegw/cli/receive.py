@@ -39,6 +39,13 @@ def _duration(ctx: click.Context, param: click.Parameter, value: str) -> Duratio
     "--import", "import_file", type=click.Path(path_type=Path), help="Take in an exported file instead."
 )
 @click.option(
+    "--protocol",
+    type=click.Choice(["auto", "5", "3.1.1"]),
+    default="auto",
+    show_default=True,
+    help="The version of MQTT; auto: 5, else 3.1.1.",
+)
+@click.option(
     "--client-id", help="Default: made from this host, --url, --topic and --to, so that it is stable."
 )
 @click.option("--username", help="The user at the broker.")
@@ -57,6 +64,7 @@ def command(
     idle: Duration,
     report: bool,
     import_file: Path | None,
+    protocol: str,
     client_id: str | None,
     username: str | None,
     password_file: Path | None,
@@ -82,7 +90,7 @@ def command(
     if not url:
         raise click.UsageError("--url is needed: the broker, mqtt://HOST:PORT")
     from edgegw.receiver.loop import Receiver
-    from edgegw.receiver.subscriber import Broker, parse_url
+    from edgegw.receiver.subscriber import Broker, Protocol, parse_url
 
     host, port, tls = parse_url(url)
     if ca_file and not tls:
@@ -98,7 +106,8 @@ def command(
     sink = target.open_sink(to)
     try:
         intake = Intake(sink)
-        Receiver(broker, intake, stop, idle.s if once else None).run()
+        protocols = list(Protocol) if protocol == "auto" else [Protocol(protocol)]
+        Receiver(broker, intake, stop, idle.s if once else None, protocols).run()
         if once or as_json:
             _print(intake.report(), as_json, to)
     finally:
@@ -120,7 +129,7 @@ def _print(report: Report, as_json: bool, to: str) -> None:
     text = json.dumps(report.as_json(), indent=2) if as_json else "\n".join(report.lines())
     click.echo(text, err=to == target.STDOUT)
     if not report.ok:
-        raise click.exceptions.Exit(1)
+        sys.exit(1)
 
 
 def _stable_id(url: str, topic: str, to: str) -> str:

@@ -7,6 +7,7 @@ While that goes on nothing is read, so that memory is bounded whatever the broke
 
 import logging
 import threading
+from collections.abc import Sequence
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_using_event
 from tenacity.wait import wait_random_exponential
@@ -21,9 +22,8 @@ MOST_BYTES = 16 * 1024**2
 """What one transaction takes in at most."""
 WAIT_S = 0.2
 """How long a turn waits for the broker: the most that a signal to stop goes unnoticed."""
-HANDSHAKE_S = 10.0
-STABLE_S = 10.0
-"""How long a connection must have held for its loss to be followed by an attempt without a wait."""
+STABLE_S = 20.0
+"""How long a connection must have held, from its attempt, for the next to come without a wait."""
 RETRY_MAX_S = 30.0
 GIVE_UP_S = 60.0
 """How long to go without a broker where an end was asked for."""
@@ -71,8 +71,16 @@ class _Outage:
 class Receiver:
     """The loop: connect, receive, and connect again, until stopped or nothing new comes."""
 
-    def __init__(self, broker: Broker, intake: Intake, stop: threading.Event, idle_s: float | None) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        intake: Intake,
+        stop: threading.Event,
+        idle_s: float | None = None,
+        protocols: Sequence[Protocol] = tuple(Protocol),
+    ) -> None:
         self._broker = broker
+        self._protocols = protocols
         self._intake = intake
         self._stop = stop
         self._idle_s = idle_s
@@ -114,14 +122,14 @@ class Receiver:
         began_s = mono_s()
         try:
             try:
-                self._receive(Protocol.V5)
+                self._receive(self._protocols[0])
             except ProtocolError:
-                if self._five_spoken:
+                if self._five_spoken or len(self._protocols) == 1:
                     raise
-                self._receive(Protocol.V311)
+                self._receive(self._protocols[1])
         except UplinkError as error:
             self._outage.lost(str(error))
-            if mono_s() - began_s < STABLE_S + HANDSHAKE_S:
+            if mono_s() - began_s < STABLE_S:
                 raise
             return False
         return True
@@ -141,12 +149,11 @@ class Receiver:
         return self._idle_s is not None and not self._uncommitted and mono_s() - self._new_s >= self._idle_s
 
     def _open(self, connection: Connection, protocol: Protocol) -> None:
-        deadline_s = mono_s() + HANDSHAKE_S
         connection.connect()
+        began_s = mono_s()
         while not self._stop.is_set() and not connection.subscribed():
-            if mono_s() > deadline_s:
-                raise UplinkError(f"{self._broker.url}: no answer in {HANDSHAKE_S:.0f} s")
             self._turn(connection)
+            connection.check_answer(mono_s() - began_s)
         if self._stop.is_set():
             return
         self._five_spoken = self._five_spoken or protocol is Protocol.V5

@@ -22,12 +22,15 @@ RECEIVE_MAXIMUM = 200
 SESSION_S = 7 * 24 * 3600
 """How long an MQTT 5 broker keeps messages for a receiver that is away."""
 KEEPALIVE_S = 30
+ANSWER_S = 3.0
+"""How long a broker that speaks MQTT 5 may take to answer; amqtt 0.12 waits for bytes that never come."""
+HANDSHAKE_S = 10.0
 FAREWELL_S = 2.0
 """How long to wait at the end for the last acknowledgements to leave."""
 
 
 class Protocol(Enum):
-    """The versions of MQTT that are spoken."""
+    """The versions of MQTT that are spoken, the one to try first before the other."""
 
     V5 = "5"
     V311 = "3.1.1"
@@ -146,6 +149,13 @@ class Connection:
             raise ProtocolError(f"{url}: {self.lost}")
         if self.lost:
             raise UplinkError(f"{url}: {self.lost}")
+
+    def check_answer(self, waited_s: float) -> None:
+        """Raise ProtocolError or UplinkError if the broker has been silent for too long."""
+        if self._answer is None and self._protocol is Protocol.V5 and waited_s > ANSWER_S:
+            raise ProtocolError(f"{self._broker.url}: no answer in {ANSWER_S:.0f} s")
+        if waited_s > HANDSHAKE_S:
+            raise UplinkError(f"{self._broker.url}: no answer in {HANDSHAKE_S:.0f} s")
 
     def subscribed(self) -> bool:
         """Subscribe once the broker has accepted us; True once it has granted it."""
