@@ -1,0 +1,1 @@
+"""The whole story in a minute, on simulators and a broker of its own."""
