@@ -6,10 +6,10 @@ dead link is found out within two of them.
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
 from asyncua import ua
@@ -172,14 +172,17 @@ class Connection:
         if self._failure is not None and transport is not None:
             transport.abort()  # nobody will answer a farewell
             await asyncio.sleep(0)
+        # in a task of its own: asyncua swallows a cancellation that comes while it winds up its tasks
+        closing = asyncio.create_task(self._client.disconnect())
         try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._client.disconnect()
-        except failures.FOREIGN:
-            pass  # the server forgets the session by itself after SESSION_S
+            await asyncio.wait([closing], timeout=self._timeout_s)
         finally:
             if transport is not None:
                 transport.abort()
+            closing.cancel()
+            await asyncio.wait([closing])
+            with contextlib.suppress(asyncio.CancelledError, *failures.FOREIGN):
+                closing.result()  # the server forgets the session by itself after SESSION_S
 
     async def _limit(self, name: str) -> int:
         node: int = getattr(ObjectIds, f"Server_ServerCapabilities_OperationLimits_{name}")
@@ -212,7 +215,7 @@ class Connection:
                 why = values.reason(notification.Status.value)
                 self.lose(NotConnected(why, f"the server ended the subscription: {why}"))
 
-    @contextmanager
+    @contextlib.contextmanager
     def _errors(self, doing: str) -> Iterator[None]:
         """Turn asyncua's errors into ours, and give the connection up where it is not to be trusted."""
         try:

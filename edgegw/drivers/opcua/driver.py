@@ -65,8 +65,9 @@ class OpcUaDriver:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._task is not None
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        while not self._task.done():  # asyncio.wait_for of Python 3.11 can swallow a cancellation
+            self._task.cancel()
+            await asyncio.wait([self._task], timeout=2 * self._config.timeout.s)
         if not self._task.cancelled():
             self._task.result()
 

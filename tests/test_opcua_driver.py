@@ -1,0 +1,532 @@
+"""The OPC UA driver against a real server in a process of its own, which this file also is (see `serve`)."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from asyncua import ua
+from asyncua.common.utils import ServiceError
+from asyncua.server.internal_session import InternalSession
+from asyncua.server.server import Server
+
+from edgegw import clock
+from edgegw.config.schema import OpcUaDevice
+from edgegw.domain.record import Scan
+from edgegw.drivers.opcua import connection
+from edgegw.drivers.opcua.driver import OpcUaDriver
+from edgegw.errors import BadAnswer, ConfigError, DeviceError, NoAnswer, NotConnected
+
+DEADLINE_S = 20.0
+TIMEOUT_S = 0.5
+BEGIN_MS = 1_748_779_200_123
+MANY = 30
+
+NODES: dict[str, tuple[Any, str]] = {
+    "Voltage": (230.5, "Double"),
+    "Count": (7, "Int32"),
+    "On": (True, "Boolean"),
+    "Name": ("meter", "String"),
+    "Curve": ([1.0, 2.5], "Double"),
+    **{f"N{i}": (float(i), "Double") for i in range(MANY)},
+}
+
+
+class Field:
+    """A server process, and the pipe to tell it what to do."""
+
+    def __init__(self, port: int, *, read_limit: int = 0, items_limit: int = 0) -> None:
+        self.url = f"opc.tcp://127.0.0.1:{port}/"
+        self._arguments = [str(port), str(read_limit), str(items_limit)]
+        self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start_now(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, *self._arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        assert self._answer() == "ready"
+
+    async def start(self) -> None:
+        await asyncio.to_thread(self.start_now)
+
+    def _answer(self) -> Any:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
+
+    async def tell(self, **command: Any) -> Any:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        return await asyncio.to_thread(self._answer)
+
+    async def set(
+        self, node: str, value: Any, kind: str = "Double", status: str = "Good", ms: int | None = BEGIN_MS
+    ) -> None:
+        await self.tell(set=[node, value, kind, status, ms])
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+
+    def freeze(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port: int = s.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def shared_field() -> Iterator[Field]:
+    field = Field(free_port())
+    yield field
+    field.kill()
+
+
+@pytest.fixture
+async def field(shared_field: Field) -> AsyncIterator[Field]:
+    """A running server with the values of NODES; a test may kill or freeze it."""
+    if not shared_field.running:
+        shared_field.start_now()
+    await shared_field.tell(reset=True)
+    yield shared_field
+    if shared_field.running:
+        shared_field.thaw()
+
+
+@pytest.fixture(scope="module")
+def strict_field() -> Iterator[Field]:
+    field = Field(free_port(), read_limit=7, items_limit=4)
+    field.start_now()
+    yield field
+    field.kill()
+
+
+def config(url: str, *, tags: dict[str, Any] | None = None, **keys: Any) -> OpcUaDevice:
+    named = {
+        name.lower(): {"address": f"ns=2;s={name}"} for name in ("Voltage", "Count", "On", "Name", "Curve")
+    }
+    return OpcUaDevice.model_validate(
+        {"driver": "opcua", "url": url, "every": "100ms", "timeout": f"{TIMEOUT_S * 1000:.0f}ms"}
+        | {"tags": named if tags is None else tags}
+        | keys
+    )
+
+
+async def scan(driver: OpcUaDriver) -> list[Scan]:
+    async with asyncio.timeout(DEADLINE_S):
+        return list(await driver.scan())
+
+
+async def values_once(driver: OpcUaDriver, names: set[str]) -> dict[str, Any]:
+    """Scan until each tag came, and return the last value of each."""
+    found: dict[str, Any] = {}
+    while not names <= found.keys():
+        for one in await scan(driver):
+            found |= one.values
+    return found
+
+
+async def error_of(driver: OpcUaDriver, *, within_s: float = DEADLINE_S) -> DeviceError:
+    """Scan until it fails; the driver paces subscriptions, a poll is asked at once again."""
+    async with asyncio.timeout(within_s):
+        while True:
+            try:
+                await driver.scan()
+            except DeviceError as error:
+                return error
+
+
+async def working(driver: OpcUaDriver) -> list[Scan]:
+    """Scan until it works again."""
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            try:
+                return list(await driver.scan())
+            except DeviceError:
+                await asyncio.sleep(0.02)  # a poll without a connection fails at once
+
+
+EVERY = {"voltage": 230.5, "count": 7, "on": True, "name": "meter", "curve": [1.0, 2.5]}
+MODES = pytest.mark.parametrize("mode", ["poll", "subscribe"])
+
+
+@MODES
+async def test_every_kind_of_value_is_read_with_its_source_time(field: Field, mode: str) -> None:
+    async with OpcUaDriver("plant", config(field.url, mode=mode)) as driver:
+        assert (driver.period_s is None) == (mode == "subscribe")
+        assert await scan(driver) == [Scan(BEGIN_MS, "plant", EVERY)]
+
+
+@MODES
+async def test_gateway_time_is_when_the_value_came(field: Field, mode: str) -> None:
+    async with OpcUaDriver("plant", config(field.url, mode=mode, timestamp="gateway")) as driver:
+        before_ms = clock.wall_ms()
+        (one,) = await scan(driver)
+        assert before_ms <= one.ts <= clock.wall_ms()
+        assert one.values == EVERY
+
+
+@MODES
+async def test_source_times_part_a_reading_into_scans(field: Field, mode: str) -> None:
+    await field.set("Voltage", 231.0, ms=BEGIN_MS - 5)
+    await field.set("Count", 8, "Int32", ms=None)
+    async with OpcUaDriver("plant", config(field.url, mode=mode)) as driver:
+        before_ms = clock.wall_ms()
+        first, second, third = await scan(driver)
+        assert (first.ts, first.values) == (BEGIN_MS - 5, {"voltage": 231.0})
+        assert (second.ts, set(second.values)) == (BEGIN_MS, {"on", "name", "curve"})
+        assert third.ts >= before_ms
+        assert third.values == {"count": 8}
+
+
+@MODES
+async def test_bad_and_uncertain_are_kept_as_quality(field: Field, mode: str) -> None:
+    await field.set("Voltage", 231.0, status="UncertainLastUsableValue")
+    await field.set("Count", 8, "Int32", status="BadSensorFailure")
+    async with OpcUaDriver("plant", config(field.url, mode=mode)) as driver:
+        (one,) = await scan(driver)
+    assert one.quality == {"voltage": "uncertain:last-usable-value", "count": "bad:sensor-failure"}
+    assert one.values == EVERY | {"voltage": 231.0, "count": None}
+
+
+@MODES
+async def test_an_unknown_node_harms_no_other(field: Field, mode: str) -> None:
+    tags = {"gone": {"address": "ns=2;s=Gone"}, "voltage": {"address": "ns=2;s=Voltage"}}
+    async with OpcUaDriver("plant", config(field.url, mode=mode, tags=tags)) as driver:
+        qualities: dict[str, str] = {}
+        found: dict[str, Any] = {}
+        while set(found) != {"gone", "voltage"}:
+            for one in await scan(driver):
+                found |= one.values
+                qualities |= one.quality or {}
+        assert found == {"gone": None, "voltage": 230.5}
+        assert qualities == {"gone": "bad:node-id-unknown"}
+
+
+async def test_a_subscription_brings_every_change_and_nothing_else(field: Field) -> None:
+    async with OpcUaDriver("plant", config(field.url)) as driver:
+        await values_once(driver, set(EVERY))
+        for i in range(3):
+            await field.set("Voltage", 240.0 + i, ms=BEGIN_MS + 10 + i)
+        scans: list[Scan] = []
+        while len(scans) < 3:
+            scans += await scan(driver)
+        assert scans == [Scan(BEGIN_MS + 10 + i, "plant", {"voltage": 240.0 + i}) for i in range(3)]
+
+
+async def test_tags_are_typed_and_scaled(field: Field) -> None:
+    tags = {
+        "kilovolt": {"address": "ns=2;s=Voltage", "scale": 0.001},
+        "wrong": {"address": "ns=2;s=Name", "type": "float64"},
+        "curve": {"address": "ns=2;s=Curve", "type": "float64[]", "scale": 2.0},
+    }
+    async with OpcUaDriver("plant", config(field.url, mode="poll", tags=tags)) as driver:
+        (one,) = await scan(driver)
+    assert one.values == {"kilovolt": pytest.approx(0.2305), "wrong": None, "curve": [2.0, 5.0]}
+    assert one.quality == {"wrong": "bad:type-mismatch"}
+
+
+@MODES
+async def test_a_servers_own_limits_are_kept(strict_field: Field, mode: str) -> None:
+    await strict_field.tell(reset=True)
+    tags = {f"n{i}": {"address": f"ns=2;s=N{i}"} for i in range(MANY)}
+    async with OpcUaDriver("plant", config(strict_field.url, mode=mode, tags=tags)) as driver:
+        assert await values_once(driver, set(tags)) == {f"n{i}": float(i) for i in range(MANY)}
+        calls = await strict_field.tell(calls=True)
+    sizes = calls["items"] if mode == "subscribe" else [size for size in calls["read"] if size > 1]
+    assert sizes == ([4] * 7 + [2] if mode == "subscribe" else [7] * 4 + [2])
+
+
+@MODES
+async def test_the_first_connection_is_waited_for(mode: str) -> None:
+    field = Field(free_port())
+    async with OpcUaDriver("plant", config(field.url, mode=mode)) as driver:
+        error = await error_of(driver)
+        assert isinstance(error, NotConnected)
+        assert error.reason == "refused"
+        assert str(error).startswith(f"device.plant ({field.url}): connection refused; expected ")
+        await field.start()
+        assert (await working(driver))[0].values == EVERY
+    field.kill()
+
+
+@MODES
+async def test_a_server_killed_and_restarted_is_found_again(field: Field, mode: str) -> None:
+    async with OpcUaDriver("plant", config(field.url, mode=mode)) as driver:
+        await values_once(driver, set(EVERY))
+        field.kill()
+        error = await error_of(driver, within_s=1.0)
+        assert isinstance(error, NotConnected)
+        assert error.reason in ("connection-lost", "refused")
+        await field.start()
+        assert (await working(driver))[0].values == EVERY
+
+
+@MODES
+async def test_a_frozen_server_is_noticed_and_found_again_when_thawed(field: Field, mode: str) -> None:
+    async with OpcUaDriver("plant", config(field.url, mode=mode)) as driver:
+        await values_once(driver, set(EVERY))
+        field.freeze()
+        error = await error_of(driver, within_s=4 * TIMEOUT_S)
+        assert isinstance(error, NoAnswer)
+        assert error.reason == "timeout"
+        field.thaw()
+        assert (await working(driver))[0].values == EVERY
+
+
+async def test_a_subscription_gone_silent_is_made_anew(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "KEEP_ALIVE_S", 0.2)
+    async with OpcUaDriver("plant", config(field.url)) as driver:
+        await values_once(driver, set(EVERY))
+        await field.tell(forget=True)
+        error = await error_of(driver)
+        assert error.reason == "timeout"
+        assert "silent" in str(error)
+        assert (await working(driver))[0].values == EVERY
+
+
+async def test_values_that_nobody_takes_end_in_an_error_and_then_the_present_values(field: Field) -> None:
+    room = 3 * len(EVERY)
+    async with OpcUaDriver("plant", config(field.url, timestamp="gateway"), queue_most=room) as driver:
+        await values_once(driver, set(EVERY))
+        sent = 0
+        async with asyncio.timeout(DEADLINE_S):
+            while driver._failure is None:
+                sent += 1
+                await field.set("Voltage", float(sent))
+        taken = [one.values["voltage"] for one in await scan(driver)]
+        assert taken == sorted(taken)
+        assert 0 < len(taken) <= room
+        error = await error_of(driver)
+        assert error.reason == "overload"
+        assert f"expected {room} at most" in str(error)
+        assert await values_once(driver, set(EVERY)) == EVERY | {"voltage": float(sent)}
+
+
+async def test_leaving_just_when_the_connection_is_lost_leaves_nothing_behind(field: Field) -> None:
+    baseline = sockets()
+    async with OpcUaDriver("plant", config(field.url), queue_most=len(EVERY)) as driver:
+        await values_once(driver, set(EVERY))
+        async with asyncio.timeout(DEADLINE_S):
+            i = 0
+            while driver._failure is None:
+                i += 1
+                await field.set("Voltage", float(i))
+    await gone(baseline)
+
+
+async def test_check_reads_once_and_says_what_is_not_good(field: Field) -> None:
+    tags = {"gone": {"address": "ns=2;s=Gone"}, "voltage": {"address": "ns=2;s=Voltage"}}
+    async with OpcUaDriver("plant", config(field.url, tags=tags)) as driver, asyncio.timeout(DEADLINE_S):
+        assert await driver.check() == (
+            f"device.plant ({field.url}): 2 tags read; not good: gone bad:node-id-unknown"
+        )
+
+
+def test_an_address_that_is_no_node_id_is_a_mistake_in_the_config() -> None:
+    with pytest.raises(ConfigError, match=r"device\.plant\.tags\.x\.address: found 'i=abc'"):
+        OpcUaDriver("plant", config("opc.tcp://127.0.0.1:1/", tags={"x": {"address": "i=abc"}}))
+
+
+async def test_what_is_not_opc_ua_is_an_error_and_tried_again() -> None:
+    connections = 0
+
+    async def garbage(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        await reader.read(1)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n" * 10)
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(garbage, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with OpcUaDriver("plant", config(f"opc.tcp://127.0.0.1:{port}/")) as driver:
+        for _ in range(3):
+            error = await error_of(driver)
+            assert isinstance(error, NotConnected | NoAnswer | BadAnswer)
+    assert connections >= 3
+    server.close()
+
+
+def sockets() -> int:
+    """Count this process's open sockets."""
+    count = 0
+    for entry in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            count += os.readlink(f"/proc/self/fd/{entry}").startswith("socket:")
+    return count
+
+
+async def gone(baseline: int) -> None:
+    """Wait until no task but this one and no socket above the baseline is left."""
+    async with asyncio.timeout(DEADLINE_S):
+        while len(asyncio.all_tasks()) > 1 or sockets() > baseline:  # noqa: ASYNC110  nothing tells
+            await asyncio.sleep(0)
+
+
+def black_hole() -> socket.socket:
+    """Return a server that takes connections and never answers."""
+    return socket.create_server(("127.0.0.1", 0))
+
+
+@MODES
+@pytest.mark.parametrize("scanning", [False, True])
+async def test_leaving_while_connecting_leaves_nothing_behind(mode: str, scanning: bool) -> None:
+    with black_hole() as hole:
+        url = f"opc.tcp://127.0.0.1:{hole.getsockname()[1]}/"
+        baseline = sockets()
+        async with OpcUaDriver("plant", config(url, mode=mode)) as driver:
+            while sockets() == baseline:  # noqa: ASYNC110  nothing else tells that it connects
+                await asyncio.sleep(0)
+            if scanning:
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.05):
+                        await driver.scan()
+        await gone(baseline)
+
+
+@MODES
+async def test_a_black_hole_is_a_timeout(mode: str) -> None:
+    with black_hole() as hole:
+        url = f"opc.tcp://127.0.0.1:{hole.getsockname()[1]}/"
+        async with OpcUaDriver("plant", config(url, mode=mode)) as driver:
+            error = await error_of(driver, within_s=4 * TIMEOUT_S)
+            assert isinstance(error, NoAnswer)
+
+
+@MODES
+@pytest.mark.parametrize("frozen", [False, True])
+async def test_leaving_closes_in_bounded_time_and_leaves_nothing_behind(
+    field: Field, mode: str, frozen: bool
+) -> None:
+    sessions = await field.tell(sessions=True)
+    baseline = sockets()
+    async with OpcUaDriver("plant", config(field.url, mode=mode)) as driver:
+        await values_once(driver, set(EVERY))
+        if frozen:
+            field.freeze()
+        begin_s = time.monotonic()
+    assert time.monotonic() - begin_s < 3 * TIMEOUT_S
+    await gone(baseline)
+    if not frozen:
+        assert await field.tell(sessions=True) <= sessions
+
+
+@MODES
+async def test_a_cancelled_scan_can_be_asked_again(field: Field, mode: str) -> None:
+    async with OpcUaDriver("plant", config(field.url, mode=mode)) as driver:
+        await values_once(driver, set(EVERY))
+        scanning = asyncio.ensure_future(driver.scan())
+        await asyncio.sleep(0)
+        scanning.cancel()
+        await asyncio.wait([scanning])
+        assert scanning.cancelled()
+        await field.set("Voltage", 241.0, ms=BEGIN_MS + 1)
+        assert (await values_once(driver, {"voltage"}))["voltage"] == 241.0
+
+
+async def test_one_word_in_the_log_when_lost_and_one_when_back(
+    field: Field, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    async with OpcUaDriver("plant", config(field.url)) as driver:
+        await values_once(driver, set(EVERY))
+        field.kill()
+        for _ in range(4):
+            await error_of(driver)
+        await field.start()
+        await working(driver)
+    words = [record.getMessage().removeprefix(f"device.plant ({field.url}): ") for record in caplog.records]
+    assert [word.split()[0] for word in words] == ["connected", "connection", "back"]
+    assert words[1] == "connection lost (waiting)"
+
+
+async def serve(port: int, read_limit: int, items_limit: int) -> None:
+    """Be the server: limits are enforced with BadTooManyOperations; commands come as JSON lines."""
+    calls: dict[str, list[int]] = {"read": [], "items": []}
+
+    def limited(name: str, kind: str, limit: int, count: Callable[[Any], int]) -> None:
+        original = getattr(InternalSession, name)
+
+        async def method(self: InternalSession, params: Any, *rest: Any) -> Any:
+            if self.external:
+                calls[kind].append(count(params))
+                if limit and count(params) > limit:
+                    raise ServiceError(ua.StatusCodes.BadTooManyOperations)
+            return await original(self, params, *rest)
+
+        setattr(InternalSession, name, method)
+
+    limited("read", "read", read_limit, lambda params: len(params.NodesToRead))
+    limited("create_monitored_items", "items", items_limit, lambda params: len(params.ItemsToCreate))
+    server = Server()
+    await server.init()
+    server.set_endpoint(f"opc.tcp://127.0.0.1:{port}/")
+    server.set_security_policy([ua.SecurityPolicyType.NoSecurity])
+    space = await server.register_namespace("urn:test")
+    for name, limit in (("MaxNodesPerRead", read_limit), ("MaxMonitoredItemsPerCall", items_limit)):
+        node = getattr(ua.ObjectIds, f"Server_ServerCapabilities_OperationLimits_{name}")
+        await server.get_node(ua.NodeId(node)).write_value(ua.Variant(limit, ua.VariantType.UInt32))
+
+    async def put(node: str, value: Any, kind: str, status: str, ms: int | None) -> None:
+        at = None if ms is None else datetime.fromtimestamp(ms / 1000, UTC)
+        code = ua.StatusCode(getattr(ua.StatusCodes, status))
+        data = ua.DataValue(ua.Variant(value, ua.VariantType[kind]), StatusCode=code, SourceTimestamp=at)
+        await server.write_attribute_value(ua.NodeId(node, space), data)
+
+    async def reset() -> None:
+        for name, (value, kind) in NODES.items():
+            await put(name, value, kind, "Good", BEGIN_MS)
+        for sizes in calls.values():
+            sizes.clear()
+
+    for name, (value, kind) in NODES.items():
+        await server.nodes.objects.add_variable(ua.NodeId(name, space), name, value, ua.VariantType[kind])
+    await reset()
+    async with server:
+        print(json.dumps("ready"), flush=True)
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            command = json.loads(line)
+            done: Any = True
+            if "set" in command:
+                await put(*command["set"])
+            elif "reset" in command:
+                await reset()
+            elif "calls" in command:
+                done = calls
+            elif "sessions" in command:
+                done = len(server.iserver._external_sessions)
+            elif "forget" in command:
+                service = server.iserver.subscription_service
+                await service.delete_subscriptions(list(service.subscriptions))
+            print(json.dumps(done), flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(*map(int, sys.argv[1:])))
