@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +24,9 @@ from edgegw import clock
 from edgegw.config.schema import OpcUaDevice
 from edgegw.domain.record import Scan
 from edgegw.drivers.opcua import connection
+from edgegw.drivers.opcua.browse import Entry, browse
 from edgegw.drivers.opcua.driver import OpcUaDriver
-from edgegw.errors import BadAnswer, ConfigError, DeviceError, NoAnswer, NotConnected
+from edgegw.errors import BadAnswer, ConfigError, DeviceError, NoAnswer, NotConnected, Refused
 
 DEADLINE_S = 20.0
 TIMEOUT_S = 0.5
@@ -467,6 +469,83 @@ async def test_one_word_in_the_log_when_lost_and_one_when_back(
     assert words[1] == "connection lost (waiting)"
 
 
+async def test_browsing_lists_nodes_with_type_and_value(field: Field) -> None:
+    found = [entry async for entry in browse(field.url, timeout_s=TIMEOUT_S)]
+    assert {
+        e for e in found if e.node in ("ns=2;s=Voltage", "ns=2;s=On", "ns=2;s=Plant", "ns=2;s=Depth")
+    } == {
+        Entry(0, "ns=2;s=Voltage", "Voltage", "variable", "Double", "230.5"),
+        Entry(0, "ns=2;s=On", "On", "variable", "Boolean", "True"),
+        Entry(0, "ns=2;s=Plant", "Plant", "object", "", ""),
+        Entry(1, "ns=2;s=Depth", "Depth", "variable", "String", "under a folder"),
+    }
+    nodes = [entry.node for entry in found]
+    assert nodes.index("ns=2;s=Depth") == nodes.index("ns=2;s=Plant") + 1
+    assert len(nodes) == len(set(nodes))
+    assert not any(entry.depth > 0 and not entry.node.startswith("ns=2;") for entry in found)
+
+
+async def test_browsing_keeps_to_its_limits(field: Field) -> None:
+    assert all([e.depth == 0 async for e in browse(field.url, timeout_s=TIMEOUT_S, depth=1)])
+    assert len([e async for e in browse(field.url, timeout_s=TIMEOUT_S, most=4)]) == 4
+    own = [e.name async for e in browse(field.url, timeout_s=TIMEOUT_S, start="i=2253", depth=1)]
+    assert "ServerStatus" in own
+
+
+async def test_browsing_what_is_not_there_is_refused(field: Field) -> None:
+    baseline = sockets()
+    with pytest.raises(Refused) as refused:
+        [e async for e in browse(field.url, timeout_s=TIMEOUT_S, start="ns=2;s=Gone")]
+    assert refused.value.reason.startswith("node-id-")
+    with pytest.raises(ConfigError, match="found 'nonsense'"):
+        [e async for e in browse(field.url, timeout_s=TIMEOUT_S, start="nonsense")]
+    await gone(baseline)
+
+
+def edgegw(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "edgegw", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+
+
+def test_the_browse_command_prints_json_and_a_table(shared_field: Field) -> None:
+    if not shared_field.running:
+        shared_field.start_now()
+    listed = edgegw("browse", shared_field.url, "--json")
+    assert listed.returncode == 0
+    assert {e["node"]: e["type"] for e in json.loads(listed.stdout)}["ns=2;s=Curve"] == "Double"
+    table = edgegw("browse", shared_field.url, "--most", "5")
+    assert table.returncode == 0
+    assert len(table.stdout.splitlines()) == 6
+    assert "only the first 5" in table.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "word"), [("meter1", "not an OPC UA device"), ("nope", "not in the configuration")]
+)
+def test_the_browse_command_names_the_devices_that_it_could_list(device: str, word: str) -> None:
+    failed = edgegw("browse", device, "-c", str(Path(__file__).parent.parent / "config.example.toml"))
+    assert failed.returncode == 2
+    assert word in failed.stderr
+    assert "expected one of: plant" in failed.stderr
+
+
+def test_the_browse_command_fails_with_1_when_nobody_answers() -> None:
+    failed = edgegw("browse", f"opc.tcp://127.0.0.1:{free_port()}/")
+    assert failed.returncode == 1
+    assert "connection refused" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_a_url_without_a_port_means_4840() -> None:
+    assert connection._with_port("opc.tcp://[::1]/path") == "opc.tcp://[::1]:4840/path"
+    assert connection._with_port("opc.tcp://host:1/") == "opc.tcp://host:1/"
+
+
 async def serve(port: int, read_limit: int, items_limit: int) -> None:
     """Be the server: limits are enforced with BadTooManyOperations; commands come as JSON lines."""
     calls: dict[str, list[int]] = {"read": [], "items": []}
@@ -508,6 +587,8 @@ async def serve(port: int, read_limit: int, items_limit: int) -> None:
 
     for name, (value, kind) in NODES.items():
         await server.nodes.objects.add_variable(ua.NodeId(name, space), name, value, ua.VariantType[kind])
+    folder = await server.nodes.objects.add_object(ua.NodeId("Plant", space), "Plant")
+    await folder.add_variable(ua.NodeId("Depth", space), "Depth", "under a folder")
     await reset()
     async with server:
         print(json.dumps("ready"), flush=True)

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TypeVar
+from urllib.parse import urlsplit, urlunsplit
 
 from asyncua import ua
 from asyncua.client.client import Client
@@ -21,6 +22,8 @@ from edgegw import clock
 from edgegw.drivers.opcua import failures, values
 from edgegw.errors import BadAnswer, DeviceError, NoAnswer, NotConnected
 
+PORT = 4840
+"""The port of OPC UA, for a URL without one."""
 SESSION_S = 60.0
 """How long a server keeps the session of a gateway that died; asyncua's hour would hold a slot for long."""
 CALL_NODES = 1000
@@ -43,7 +46,7 @@ class Connection:
     def __init__(self, url: str, timeout_s: float) -> None:
         logging.getLogger("asyncua").setLevel(logging.CRITICAL + 1)  # what it has to say is said here, once
         self._timeout_s = timeout_s
-        self._client = Client(url, timeout=timeout_s, watchdog_intervall=max(timeout_s, 0.5))
+        self._client = Client(_with_port(url), timeout=timeout_s, watchdog_intervall=max(timeout_s, 0.5))
         self._client.session_timeout = int(max(SESSION_S, 4 * timeout_s) * 1000)
         self._client.connection_lost_callback = self._health_lost
         self._gone = asyncio.Event()
@@ -230,6 +233,11 @@ class Connection:
         failure = BadAnswer("bad-answer", what)
         self.lose(failure)
         raise failure
+
+
+def _with_port(url: str) -> str:
+    parts = urlsplit(url)
+    return url if parts.port is not None else urlunsplit(parts._replace(netloc=f"{parts.netloc}:{PORT}"))
 
 
 def _item(node: ua.NodeId, place: int, every_ms: float) -> ua.MonitoredItemCreateRequest:
