@@ -124,9 +124,7 @@ class Connection:
         """Connect and wait for the broker's word; raise UplinkError."""
         try:
             async with asyncio.timeout(CONNECT_S):
-                await asyncio.to_thread(
-                    self._client.connect, self._host, self._port, KEEPALIVE_S, clean_start=self._v5
-                )
+                await asyncio.to_thread(self._client.connect, self._host, self._port, KEEPALIVE_S)
                 self._keep_house()
                 await self._opened
         except TimeoutError:
