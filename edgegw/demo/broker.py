@@ -62,10 +62,10 @@ class _Handler(BrokerProtocolHandler):  # type: ignore[misc]  # amqtt has no typ
         topic, data = publish_packet.topic_name, bytes(publish_packet.data)
         if publish_packet.retain_flag:
             await self._broker.retain_message(self.session, topic, data, 1)
-        confirmed = False
-        while not confirmed:
-            confirmed = await self._broker.deliver(topic, data)
-            await asyncio.sleep(0.0 if confirmed else AGAIN_S)
+        while True:
+            if await self._broker.deliver(topic, data):
+                break
+            await asyncio.sleep(AGAIN_S)
         await self._send_packet(PubackPacket.build(publish_packet.packet_id))
 
 
