@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import msgspec
+
 from edgegw.demo.verdict import Verdict
 from edgegw.domain.batch import Kind, verify
 from edgegw.domain.ranges import Ranges
@@ -12,6 +14,15 @@ from edgegw.receiver.wire import Batch
 
 HOLE_MARGIN_MS = 1000
 """What a hole in the polling may have beyond two periods: the demo shares its machine."""
+
+
+class _LinkRecord(msgspec.Struct, frozen=True):
+    """What a link event says beyond its name and time."""
+
+    state: str
+
+
+_link = msgspec.json.Decoder(_LinkRecord)
 
 
 class Received(NamedTuple):
@@ -38,6 +49,13 @@ class Evidence(NamedTuple):
     journaled: Journaled
 
 
+class Span(NamedTuple):
+    """Time from `first` to `last`, milliseconds."""
+
+    first: int
+    last: int
+
+
 class Course(NamedTuple):
     """What was done, and when: wall clock, milliseconds."""
 
@@ -60,6 +78,8 @@ def judge(evidence: Evidence, course: Course) -> Verdict:
         else [item for item in own if _newest(item.batch) < returned <= item.received_ms]
     )
     stamps = _stamps(own)
+    outage = Span(course.broker_gone_ms, returned or course.broker_back_ms)
+    crash = _crash(own, course)
     return Verdict(
         streams=len({item.batch.key for item in evidence.received}),
         made=journaled.head,
@@ -74,30 +94,34 @@ def judge(evidence: Evidence, course: Course) -> Verdict:
         returned_ms=returned,
         backlog=sum(item.batch.count for item in late),
         drain_ms=max((item.received_ms for item in late), default=returned or 0) - (returned or 0),
-        outage_ms=(returned or course.broker_back_ms) - course.broker_gone_ms,
+        outage_ms=outage.last - outage.first,
         latencies_ms=[] if returned is None else _latencies(own, returned),
         latency_limit_ms=2 * course.commit_interval_ms,
-        holes_ms={
-            device: longest_hole(stamps[device], course, returned or course.broker_back_ms)
-            for device in course.periods_ms
-        },
+        holes_ms={device: longest_hole(stamps[device], outage, crash) for device in course.periods_ms},
         hole_limits_ms={name: 2 * period + HOLE_MARGIN_MS for name, period in course.periods_ms.items()},
         blind_ms=_blind(stamps.values(), course.killed_ms),
     )
 
 
-def longest_hole(stamps: Sequence[int], course: Course, returned_ms: int) -> int:
-    """Return the longest time without a record of one device while the broker was away.
+def longest_hole(stamps: Sequence[int], outage: Span, crash: Span) -> int:
+    """Return the longest time without a record of one device while the broker was away, less the crash."""
+    times = sorted({min([outage.first, *stamps]), *stamps, max([outage.last, *stamps])})
+    pieces: list[int] = []
+    for earlier, later in pairwise(times):
+        if later <= outage.first or earlier >= outage.last:
+            continue
+        if earlier < crash.last and later > crash.first:
+            pieces += [crash.first - earlier, later - crash.last]
+        else:
+            pieces.append(later - earlier)
+    return max(pieces, default=0)
 
-    The hole in which the gateway was killed is left out. A device without any record has the whole outage
-    for a hole.
-    """
-    within = [
-        later - earlier
-        for earlier, later in pairwise(stamps)
-        if later > course.broker_gone_ms and earlier < returned_ms and not earlier <= course.killed_ms < later
-    ]
-    return max(within, default=returned_ms - course.broker_gone_ms)
+
+def _crash(received: Iterable[Received], course: Course) -> Span:
+    """Return the time that the kill may have cost: from a commit interval before it to the next start."""
+    starts = [event.ts for item in received for event in item.batch.events if event.event == "start"]
+    restarted = min((ts for ts in starts if ts > course.killed_ms), default=course.killed_ms)
+    return Span(course.killed_ms - course.commit_interval_ms, restarted)
 
 
 def _returned(received: Iterable[Received], course: Course) -> int | None:
@@ -106,7 +130,7 @@ def _returned(received: Iterable[Received], course: Course) -> int | None:
         event.ts
         for item in received
         for event, raw in zip(item.batch.events, item.batch.raw, strict=False)
-        if event.event == "link" and event.ts > course.broker_gone_ms and b'"state":"online"' in bytes(raw)
+        if event.event == "link" and event.ts > course.broker_gone_ms and _link.decode(raw).state == "online"
     ]
     # the broker holds a message back until the receiver is there, so the link may be online before that
     return max(online[-1], course.broker_back_ms) if online else None

@@ -154,7 +154,7 @@ class Story:
     def _until(
         self, reached: Callable[[Status | None], bool], what: str, least_s: float = 0.0
     ) -> Status | None:
-        """Watch until something is reached and return that status; raise DemoError if a part or patience ends."""
+        """Watch until something is reached and return that status; raise DemoError if it does not come."""
         expected = [part for part in self._parts.values() if part.running]
         began_s = mono_s()
         while True:
