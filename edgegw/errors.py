@@ -31,12 +31,16 @@ class NotConnected(DeviceError):
     """There is no connection to the device right now; a new one is being tried with back-off."""
 
 
+class Spoilt(NotConnected):
+    """What came over the connection cannot be told apart, so it was ended; who spoilt it is not known."""
+
+
 class NoAnswer(DeviceError):
     """The device is connected and did not answer in time."""
 
 
 class BadAnswer(DeviceError):
-    """What came back is not an answer to what was asked; the connection is not to be trusted."""
+    """What came back is not an answer to what was asked."""
 
 
 class Refused(DeviceError):

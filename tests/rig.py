@@ -67,6 +67,11 @@ class Process:
         with self._said:
             assert self._said.wait_for(lambda: self.said(text), DEADLINE_S), (text, self.lines)
 
+    @property
+    def pid(self) -> int:
+        """The program's process id."""
+        return self._process.pid
+
     def send(self, number: signal.Signals) -> None:
         """Send a signal."""
         self._process.send_signal(number)

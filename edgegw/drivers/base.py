@@ -34,4 +34,3 @@ class Driver(Protocol):
     async def check(self) -> str:
         """Connect if need be, read once, and return a line that says what was found."""
         ...
-

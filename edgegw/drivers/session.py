@@ -95,19 +95,23 @@ class Sessions(Generic[C]):
 
     def __init__(self, connect: Callable[[str], C]) -> None:
         self._connect = connect
-        self._open: dict[str, tuple[Session[C], asyncio.Task[None], int]] = {}
+        self._open: dict[tuple[str, int | None], tuple[Session[C], asyncio.Task[None], int]] = {}
 
     @asynccontextmanager
-    async def lease(self, url: str, timeout_s: float) -> AsyncIterator[Session[C]]:
-        """Use the endpoint's session; the last to leave closes it."""
-        session, task, users = self._open.get(url) or self._start(url, timeout_s)
-        self._open[url] = (session, task, users + 1)
+    async def lease(self, url: str, timeout_s: float, *, own: int | None = None) -> AsyncIterator[Session[C]]:
+        """Use the endpoint's session; the last to leave closes it.
+
+        `own` asks for a session apart from the others' of this url, for the unit of that number.
+        """
+        key = (url, own)
+        session, task, users = self._open.get(key) or self._start(url, timeout_s)
+        self._open[key] = (session, task, users + 1)
         try:
             yield session
         finally:
-            session, task, users = self._open.pop(url)
+            session, task, users = self._open.pop(key)
             if users > 1:
-                self._open[url] = (session, task, users - 1)
+                self._open[key] = (session, task, users - 1)
             else:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):

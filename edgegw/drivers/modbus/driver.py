@@ -16,7 +16,7 @@ from edgegw.drivers.modbus.plan import Block, plan, split
 from edgegw.drivers.modbus.registers import Decoded, compile_block
 from edgegw.drivers.modbus.transport import Transport
 from edgegw.drivers.session import Session, Sessions
-from edgegw.errors import BadAnswer, DeviceError, NoAnswer, Refused
+from edgegw.errors import DeviceError, NoAnswer, NotConnected, Refused, Spoilt
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +44,11 @@ class ModbusDriver:
         self._timeout_s = config.timeout.s
         self._reads = [_read(block) for block in plan(config.tags, config.max_block, config.max_gap)]
         self._session: Session[Transport] | None = None
+        self._alone = False
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        lease = self._sessions.lease(self._config.url, self._timeout_s)
-        self._session = await self._stack.enter_async_context(lease)
+        await self._join(own=False)
         return self
 
     async def __aexit__(
@@ -74,18 +74,40 @@ class ModbusDriver:
     def _where(self) -> str:
         return f"device.{self._name} ({self._config.url} unit {self._config.unit})"
 
+    async def _join(self, *, own: bool) -> None:
+        """Use the connection that the unit shares with its neighbours, or one of its own."""
+        await self._stack.aclose()
+        lease = self._sessions.lease(self._config.url, self._timeout_s, own=self._config.unit if own else None)
+        self._session = await self._stack.enter_async_context(lease)
+        self._alone = own
+
     async def _scan(self) -> Sequence[Scan]:
+        """Read all tags, on a second connection if the first is lost meanwhile: reading twice does no harm.
+
+        A connection that was spoilt may have been spoilt by a neighbour, or spoil the neighbours: from then on
+        the unit uses one of its own, as long as that can be had.
+        """
         assert self._session is not None
-        transport = await self._session.ready()
+        try:
+            transport = await self._session.ready()
+        except NotConnected:
+            if self._alone:
+                await self._join(own=False)
+            raise
+        try:
+            return await self._read_all(transport)
+        except Spoilt:
+            if not self._alone:
+                await self._join(own=True)
+        except NotConnected:
+            pass
+        return await self._read_all(await self._session.ready())
+
+    async def _read_all(self, transport: Transport) -> Sequence[Scan]:
         values: dict[str, Value] = {}
         qualities: dict[str, str] = {}
-        try:
-            for read in tuple(self._reads):
-                await self._ask(transport, read, values, qualities)
-        except (NoAnswer, BadAnswer):
-            if not transport.connected:
-                self._session.lost()
-            raise
+        for read in tuple(self._reads):
+            await self._ask(transport, read, values, qualities)
         return (Scan(clock.wall_ms(), self._name, values, qualities or None),)
 
     async def _ask(

@@ -17,7 +17,7 @@ from pymodbus.exceptions import ModbusException
 from pymodbus.framer import FramerSocket, FramerType
 from pymodbus.pdu import DecodePDU, ModbusPDU
 
-from edgegw.errors import BadAnswer, DeviceError, NoAnswer, NotConnected
+from edgegw.errors import BadAnswer, DeviceError, NoAnswer, NotConnected, Spoilt
 
 logging.getLogger("pymodbus").setLevel(logging.CRITICAL)  # what goes wrong is said once, by the scanner
 
@@ -101,6 +101,7 @@ class _Wire(asyncio.Protocol):
 
     Requests take turns, since many a gateway minds more than one at a time. A turn ends with the answer, or
     after TURN_S so that a silent unit does not hold up its neighbours; one that was silent last time has none.
+    A frame that stays in pieces ends the connection too: the next answer's bytes would complete it.
     """
 
     def __init__(self) -> None:
@@ -124,11 +125,14 @@ class _Wire(asyncio.Protocol):
         self.fail(NotConnected("connection-lost", "the device closed the connection"))
 
     def data_received(self, data: bytes) -> None:
+        if self._buffer and len(self._waiting) > 1:
+            self.fail(Spoilt("garbage", "an answer came in pieces while others were on the way"))
+            return
         buffer = self._buffer + data if self._buffer else data
         while len(buffer) >= _HEADER:
             length = int.from_bytes(buffer[4:6], "big")
             if buffer[2:4] != b"\0\0" or not 2 < length <= _LONGEST:
-                self.fail(BadAnswer("garbage", f"what came is not Modbus/TCP: {buffer[:8].hex(' ')}"))
+                self.fail(Spoilt("garbage", f"what came is not Modbus/TCP: {buffer[:8].hex(' ')}"))
                 return
             if len(buffer) < 6 + length:
                 break
@@ -198,9 +202,12 @@ class _Wire(asyncio.Protocol):
                 return
 
     def _expire(self, unit: int, answer: asyncio.Future[bytes], timeout_s: float) -> None:
-        if not answer.done():
-            self._silent.add(unit)
-            answer.set_exception(NoAnswer("timeout", f"no answer in {timeout_s} s"))
+        if answer.done():
+            return
+        self._silent.add(unit)
+        answer.set_exception(NoAnswer("timeout", f"no answer in {timeout_s} s"))
+        if self._buffer:
+            self.fail(Spoilt("garbage", "an answer ended in the middle"))
 
     def fail(self, error: DeviceError) -> None:
         """End the connection; every request on the way gets the error."""
