@@ -168,6 +168,8 @@ class Drain:
                 log.warning(
                     "uplink %s: takes batches again after %d refusals", self._connection.url, self._refusals
                 )
+                self._hold_until_s = 0.0
+                self._hungry.set()
             self._refusals = 0
         else:
             self._refused(sent.batch, ack, now_s)

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 KEEPALIVE_S = 15
 CONNECT_S = 10.0
+VERSION_S = 4.0
+"""How long a broker may keep silent to a CONNECT of MQTT 5 before 3.1.1 is tried: some old ones just do."""
 _PROTOCOLS = {"5": MQTTProtocolVersion.MQTTv5, "3.1.1": MQTTProtocolVersion.MQTTv311}
 
 
@@ -125,14 +127,20 @@ class Connection:
         try:
             async with asyncio.timeout(CONNECT_S):
                 await asyncio.to_thread(self._client.connect, self._host, self._port, KEEPALIVE_S)
-                self._keep_house()
-                await self._opened
         except TimeoutError:
-            raise UplinkError(f"uplink {self.url}: no answer in {CONNECT_S:.0f} s") from None
+            raise UplinkError(f"uplink {self.url}: no connection in {CONNECT_S:.0f} s") from None
         except ssl.SSLError as error:
             raise UplinkError(f"uplink {self.url}: TLS failed: {error.reason or error}".lower()) from None
         except OSError as error:
             raise UplinkError(f"uplink {self.url}: {(error.strerror or str(error)).lower()}") from None
+        self._keep_house()
+        patience_s = VERSION_S if self._v5 else CONNECT_S
+        try:
+            async with asyncio.timeout(patience_s):
+                await self._opened
+        except TimeoutError:
+            kind = _ProtocolRefused if self._v5 else UplinkError
+            raise kind(f"uplink {self.url}: connected, but no answer in {patience_s:.0f} s") from None
 
     def publish(
         self, topic: str, payload: bytes, *, retain: bool = False, content_type: str | None = None
