@@ -27,8 +27,9 @@ def command(fast: bool, keep: Path | None, as_json: bool) -> None:
     broker comes back and the backlog drains. The verdict is counted from the receiver's database and compared
     with the journal's file; the gateway is not asked.
 
-    The demo's broker keeps nothing on disk and acknowledges a message once the receiver has it. A broker that
-    acknowledges what it holds in memory alone can lose that when it stops; no gateway can tell.
+    The demo's broker keeps nothing on disk and acknowledges a message once the receiver has it. A broker
+    without persistence that acknowledges earlier can lose what it acknowledged when it stops: that is between
+    broker and receiver, and the broker's acknowledgement cannot show it.
 
     Exit code 1 if the verdict is not ok.
     """

@@ -72,11 +72,7 @@ def judge(evidence: Evidence, course: Course) -> Verdict:
     own = [item for item in evidence.received if item.batch.key.stream == journaled.stream]
     seqs = Ranges((item.batch.seq, item.batch.last) for item in own)
     returned = _returned(own, course)
-    late = (
-        []
-        if returned is None
-        else [item for item in own if _newest(item.batch) < returned <= item.received_ms]
-    )
+    late = [item for item in own if returned and _newest(item.batch) < returned <= item.received_ms]
     stamps = _stamps(own)
     outage = Span(course.broker_gone_ms, returned or course.broker_back_ms)
     crash = _crash(own, course)
