@@ -63,21 +63,22 @@ class _ProtocolRefused(UplinkError):
 
 async def connect(url: str, protocol: str, login: Login, will: Will | None = None) -> "Connection":
     """Connect to one broker; `auto` tries MQTT 5, then 3.1.1. Raise UplinkError."""
-    for version in ("5", "3.1.1") if protocol == "auto" else (protocol,):
-        connection = Connection(url, version, login, will)
-        try:
-            await connection.open()
-        except _ProtocolRefused:
-            connection.drop()
-            if version == protocol or version == "3.1.1":
-                raise
-            log.info("uplink %s: does not speak MQTT 5; trying 3.1.1", url)
-        except BaseException:
-            connection.drop()
-            raise
-        else:
-            return connection
-    raise AssertionError
+    if protocol != "auto":
+        return await _open(Connection(url, protocol, login, will))
+    try:
+        return await _open(Connection(url, "5", login, will))
+    except _ProtocolRefused:
+        log.info("uplink %s: does not speak MQTT 5; trying 3.1.1", url)
+        return await _open(Connection(url, "3.1.1", login, will))
+
+
+async def _open(connection: "Connection") -> "Connection":
+    try:
+        await connection.open()
+    except BaseException:
+        connection.drop()
+        raise
+    return connection
 
 
 class Connection:

@@ -41,6 +41,7 @@ class UplinkService:
         self._drain: Drain | None = None
         self._connection: mqtt.Connection | None = None
         self._leaving = False
+        self._spoken: dict[str, str] = {}  # the version that each broker took last: asking for another costs time
         self._failures = 0
         self._lost_since = clock.mono_s()
 
@@ -103,12 +104,15 @@ class UplinkService:
         will = mqtt.Will(*self._status("offline"))
         failures = []
         for url in self._config.uplink.url:
+            spoken = self._spoken.get(url, protocol(self._config))
             try:
-                return await mqtt.connect(
-                    url, protocol(self._config), login(self._config, self._config_path), will
-                )
+                connection = await mqtt.connect(url, spoken, login(self._config, self._config_path), will)
             except UplinkError as error:
+                self._spoken.pop(url, None)
                 failures.append(str(error))
+            else:
+                self._spoken[url] = connection.protocol
+                return connection
         raise UplinkError("; ".join(failures))
 
     def _failed(self, state: RetryCallState) -> None:
