@@ -1,0 +1,258 @@
+"""The benchmarks: real processes on this machine, each figure counted outside the gateway.
+
+`sustained` raises the demand until less than 97 % of it arrives at a subscriber; `drain` builds a backlog
+and lets the broker come back; `start` measures from exec to the first published batch.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+DEVICES, TAGS = 100, 62
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+def free_port(count: int = 1) -> int:
+    """Return the first of `count` neighbouring ports that are free."""
+    for port in range(20_000 + 7 * count, 30_000, count):
+        try:
+            for i in range(count):
+                with socket.create_server(("127.0.0.1", port + i)):
+                    pass
+        except OSError:
+            continue
+        return port
+    raise RuntimeError("no free ports")
+
+
+@contextmanager
+def process(*command: str, wait_for: str = "", **more: Any) -> Iterator[subprocess.Popen[str]]:
+    """Run a program, until it has printed `wait_for` and then for as long as the block lasts."""
+    started = subprocess.Popen(command, text=True, **more)
+    try:
+        if wait_for:
+            pipe = started.stdout or started.stderr
+            assert pipe
+            while wait_for not in (line := pipe.readline()):
+                assert line, f"{command[0]} ended"
+        yield started
+    finally:
+        if started.poll() is None:
+            started.send_signal(signal.SIGTERM)
+        started.wait(30)
+
+
+@contextmanager
+def mosquitto(folder: Path, port: int) -> Iterator[subprocess.Popen[str]]:
+    """Run a broker that queues without limit."""
+    conf = folder / "mosquitto.conf"
+    conf.write_text(
+        f"listener {port} 127.0.0.1\nallow_anonymous true\npersistence false\nmax_queued_messages 0\n"
+        "max_inflight_messages 0\n"
+    )
+    with process("mosquitto", "-c", str(conf), wait_for="running", stderr=subprocess.PIPE) as broker:
+        yield broker
+
+
+@contextmanager
+def field(port: int) -> Iterator[subprocess.Popen[str]]:
+    """Run the fast field."""
+    command = (sys.executable, str(HERE / "bench_field.py"), str(port), str(DEVICES), str(TAGS * 2))
+    with process(*command, wait_for="ready", stdout=subprocess.PIPE) as made:
+        yield made
+
+
+def config(folder: Path, field_port: int, broker_port: int, readings_s: float, **uplink: Any) -> Path:
+    """Write a configuration that asks for so many readings a second."""
+    every_ms = max(1, round(1000 * DEVICES * TAGS / readings_s))
+    tags = "\n".join(f't{i:02} = {{ address = "holding:{2 * i}", type = "float32" }}' for i in range(TAGS))
+    extra = "\n".join(f"{key} = {json.dumps(value)}" for key, value in uplink.items())
+    text = f'[gateway]\nid = "bench"\n[journal]\nmax_size = "8GiB"\n[status]\nhttp = ""\n[uplink]\n{extra}\n'
+    text += f'url = "mqtt://127.0.0.1:{broker_port}"\nreconnect_jitter = "0s"\n'
+    for i in range(DEVICES):
+        url = f"tcp://127.0.0.1:{field_port + i}"
+        text += f'[device.d{i:03}]\ndriver = "modbus"\nurl = "{url}"\nevery = "{every_ms}ms"\n[device.d{i:03}.tags]\n{tags}\n'
+    path = folder / "config.toml"
+    path.write_text(text)
+    return path
+
+
+def run(path: Path) -> Any:
+    """Start the gateway."""
+    return process(sys.executable, "-m", "edgegw", "run", "-c", str(path), "--log-level", "error")
+
+
+class Counter:
+    """What the subscriber has counted so far."""
+
+    def __init__(self, port: int) -> None:
+        command = (sys.executable, str(HERE / "bench_count.py"), str(port), str(TAGS))
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def now(self) -> tuple[float, int, int, int]:
+        """Return time, readings, bytes and batches, the newest that was printed."""
+        assert self._process.stdout
+        at, readings, size, batches = self._process.stdout.readline().split()
+        return float(at), int(readings), int(size), int(batches)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def cpu_s(pid: int) -> float:
+    """Return the CPU seconds a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / TICK
+
+
+def written_bytes(pid: int) -> int:
+    """Return the bytes a process has handed to the kernel for a disk (proc(5), write_bytes)."""
+    lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("write_bytes"))
+
+
+def rss_mb(pid: int) -> float:
+    """Return a process's resident memory."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+
+
+def sustained_at(readings_s: float, seconds: float, folder: Path) -> dict[str, float]:
+    """Measure one demand for so many seconds, after three to warm up."""
+    with ExitStack() as stack:
+        field_port, broker_port = free_port(DEVICES), free_port(1)
+        stack.enter_context(mosquitto(folder, broker_port))
+        stack.enter_context(field(field_port))
+        counter = Counter(broker_port)
+        stack.callback(counter.close)
+        path = config(folder, field_port, broker_port, readings_s)
+        demand = DEVICES * TAGS * 1000 / max(1, round(1000 * DEVICES * TAGS / readings_s))
+        gateway = stack.enter_context(run(path))
+        wait(counter, 3.0)
+        at, readings, size, _ = counter.now()
+        cpu, written = cpu_s(gateway.pid), written_bytes(gateway.pid)
+        wait(counter, seconds)
+        later, more, more_size, _ = counter.now()
+        used, wrote = cpu_s(gateway.pid) - cpu, written_bytes(gateway.pid) - written
+        got = more - readings
+        return {
+            "demand": round(demand),
+            "arrived": round(got / (later - at)),
+            "share": round(got / (later - at) / demand, 4),
+            "cpu_us_per_reading": round(used / max(1, got) * 1e6, 3),
+            "cores": round(used / (later - at), 2),
+            "bytes_written_per_reading": round(wrote / max(1, got), 2),
+            "bytes_sent_per_reading": round((more_size - size) / max(1, got), 1),
+            "rss_mb": round(rss_mb(gateway.pid), 1),
+        }
+
+
+def wait(counter: Counter, seconds: float) -> None:
+    """Let time pass, reading what the counter prints."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        counter.now()
+
+
+def sustained(seconds: float, demands: list[float]) -> list[dict[str, float]]:
+    """Raise the demand until less than 97 % arrives."""
+    rows = []
+    for demand in demands:
+        with tempfile.TemporaryDirectory(prefix="edgegw-bench-") as folder:
+            rows.append(sustained_at(demand, seconds, Path(folder)))
+        if rows[-1]["share"] < 0.97:
+            break
+    return rows
+
+
+def drain(readings: int) -> dict[str, float]:
+    """Build a backlog, stop the field, bring the broker back, and time the drain."""
+    with tempfile.TemporaryDirectory(prefix="edgegw-bench-") as name, ExitStack() as stack:
+        folder = Path(name)
+        field_port, broker_port = free_port(DEVICES), free_port(1)
+        gateway = stack.enter_context(run(config(folder, field_port, broker_port, 300_000)))
+        with field(field_port):
+            time.sleep(3.0)
+            rest = rss_mb(gateway.pid)
+            time.sleep(max(0.0, readings / 300_000 - 2.5))
+            built = rss_mb(gateway.pid)
+        time.sleep(2.0)
+        stack.enter_context(mosquitto(folder, broker_port))
+        counter = Counter(broker_port)
+        stack.callback(counter.close)
+        peak, began, last = built, 0.0, (0.0, 0)
+        while not last[1] or last[0] > began and time.monotonic() - last[0] < 3.0:
+            at, count, *_ = counter.now()
+            if not count:
+                began = at  # the last moment at which nothing had come
+            elif count != last[1]:
+                last = (at, count)
+            peak = max(peak, rss_mb(gateway.pid))
+        took = last[0] - began
+        return {
+            "readings": last[1],
+            "drain_s": round(took, 2),
+            "readings_s": round(last[1] / took),
+            "rss_early_mb": round(rest, 1),
+            "rss_backlog_mb": round(built, 1),
+            "rss_drain_peak_mb": round(peak, 1),
+        }
+
+
+def start() -> dict[str, float]:
+    """Time from exec to the first request in the field and to the first batch at the broker."""
+    with tempfile.TemporaryDirectory(prefix="edgegw-bench-") as name, ExitStack() as stack:
+        folder = Path(name)
+        field_port, broker_port = free_port(DEVICES), free_port(1)
+        stack.enter_context(mosquitto(folder, broker_port))
+        stack.enter_context(field(field_port))
+        counter = Counter(broker_port)
+        stack.callback(counter.close)
+        wait(counter, 1.0)
+        began = time.monotonic()
+        gateway = stack.enter_context(run(config(folder, field_port, broker_port, 6_200)))
+        while not (got := counter.now())[1]:
+            pass
+        batch = got[0] - began
+        wait(counter, 3.0)
+        return {"first_batch_s": round(batch, 2), "rss_at_rest_mb": round(rss_mb(gateway.pid), 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="?", default="all", choices=["sustained", "drain", "start", "all"])
+    parser.add_argument("--seconds", type=float, default=8.0, help="how long each demand is measured")
+    parser.add_argument("--demand", type=float, action="append", help="readings a second to ask for")
+    parser.add_argument("--backlog", type=int, default=1_000_000, help="readings of the backlog to drain")
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args()
+    results: dict[str, Any] = {}
+    if asked.what in ("start", "all"):
+        results["start"] = start()
+    if asked.what in ("sustained", "all"):
+        results["sustained"] = sustained(asked.seconds, asked.demand or [200e3, 300e3, 400e3, 500e3, 600e3, 700e3])
+    if asked.what in ("drain", "all"):
+        results["drain"] = drain(asked.backlog)
+    if asked.json:
+        print(json.dumps(results, indent=2))
+        return
+    for what, rows in results.items():
+        print(what)
+        for row in rows if isinstance(rows, list) else [rows]:
+            print("  " + "  ".join(f"{key} {value:,}" for key, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()
