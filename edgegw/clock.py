@@ -22,7 +22,9 @@ def synchronised() -> bool:
 
     A kernel that cannot be asked counts as synchronised: the contract's `unsynced` means known not to be.
     """
-    timex = ctypes.create_string_buffer(512)  # struct timex is 208 bytes with 64-bit longs; modes = 0 only reads
+    timex = ctypes.create_string_buffer(
+        512
+    )  # struct timex is 208 bytes with 64-bit longs; modes = 0 only reads
     if _libc.adjtimex(timex) < 0:
         return True
     # modes (int, padded to 8), offset, freq, maxerror, esterror (longs), then status (int)

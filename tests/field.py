@@ -33,7 +33,7 @@ class Field:
 
     async def well(self, tid: int, unit: int, pdu: bytes) -> bytes:
         """Answer as a healthy device does."""
-        function, start, count = struct.unpack(">BHH", pdu[:5])
+        function, _, count = struct.unpack(">BHH", pdu[:5])
         if function in (1, 2):
             size = (count + 7) // 8
             return frame(tid, unit, bytes((function, size)) + b"\xff" * size)

@@ -6,19 +6,19 @@ import socket
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import tomllib
 from paho.mqtt import client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
+from rig import DEADLINE_S, Process
 
 from edgegw.domain import batch as batches
 from edgegw.domain.batch import Gap, Link
 from edgegw.domain.ranges import Ranges
 from edgegw.journal.store import Reader
-from rig import DEADLINE_S, Process
 
 TAGS = {"n": {"address": "holding:0", "type": "uint32"}, "f": {"address": "holding:2", "type": "float32"}}
 
@@ -173,9 +173,11 @@ def chain(bodies: dict[int, bytes]) -> batches.ChainReport:
     for seq, body in sorted(bodies.items()):
         message = batches.decode(body)
         links.append(Link(seq, seq + message.count - 1, bytes.fromhex(message.prev), batches.digest(body)))
-        for record in json.loads(body)["records"]:
-            if record.get("event") == "gap":
-                gaps.append(Gap(record["from"], record["to"], bytes.fromhex(record["last_prev"])))
+        gaps += [
+            Gap(record["from"], record["to"], bytes.fromhex(record["last_prev"]))
+            for record in json.loads(body)["records"]
+            if record.get("event") == "gap"
+        ]
     return batches.verify(links, gaps)
 
 

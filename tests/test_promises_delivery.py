@@ -1,16 +1,18 @@
 """Promises 1, 2 and 3 on the real process, with a real broker and a real field."""
 
 import asyncio
+import itertools
 import json
 import random
 import signal
 import statistics
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from field import Field, field
-from gateway_rig import Proxy, Subscriber, config, device, gateway, journal_head, union, until
+from gateway_rig import Message, Proxy, Subscriber, config, device, gateway, journal_head, union, until
 from rig import Process, free_port, mosquitto
 
 KILLS = 8
@@ -77,7 +79,7 @@ async def test_p1_p2_killed_at_random_moments_no_seq_is_missing_or_used_twice(tm
     counts = counted(got.records())
     assert counts == sorted(set(counts)), "a reading was numbered twice or out of order"
     # what a kill may cost: the readings of one commit interval (100 ms at 5 ms each), and some slack
-    holes = [b - a - 1 for a, b in zip(counts, counts[1:], strict=False)]
+    holes = [b - a - 1 for a, b in itertools.pairwise(counts)]
     assert sorted(holes)[-1] <= 45, sorted(holes)[-KILLS - 1 :]
     assert sum(1 for hole in holes if hole > 3) <= KILLS, "readings were lost without a kill"
 
@@ -106,7 +108,9 @@ async def test_p2_after_outages_of_link_and_broker_the_union_is_complete(tmp_pat
             for _ in range(3):
                 with mosquitto(tmp_path, port), Subscriber(port) as subscriber:
                     await until(lambda s=subscriber: len(s.batches("data")) >= 3, "live batches")
-                    await until(lambda s=subscriber: complete_above(s, seen), "the backlog")
+                    await until(
+                        lambda s=subscriber, before=tuple(seen): complete_above(s, before), "the backlog"
+                    )
                     seen += subscriber.batches()
                 scans = meter.counts[1]
                 await until(
@@ -123,8 +127,8 @@ async def test_p2_after_outages_of_link_and_broker_the_union_is_complete(tmp_pat
     assert states[:3] == ["online", "offline", "online"], states
 
 
-def complete_above(subscriber: Subscriber, earlier: list) -> bool:
-    got = union(earlier + subscriber.batches())
+def complete_above(subscriber: Subscriber, earlier: Sequence[Message] = ()) -> bool:
+    got = union([*earlier, *subscriber.batches()])
     return bool(got.bodies) and got.covered.prefix() >= max(got.bodies)
 
 
@@ -236,7 +240,7 @@ async def test_p2_a_broker_that_is_down_at_boot_gets_everything_later(tmp_path: 
         await until(lambda: meter.counts[1] > 20, "scans without a broker")
         with mosquitto(tmp_path, port), Subscriber(port) as seen:
             await until(lambda: len(seen.batches("data")) >= 2, "live batches")
-            await until(lambda: complete_above(seen, []), "the backlog")
+            await until(lambda: complete_above(seen), "the backlog")
             await stopped(run)
             got = union(seen.batches())
     assert got.covered.prefix() >= max(got.bodies)
@@ -255,7 +259,7 @@ async def test_p3_a_new_reading_arrives_within_two_commit_intervals_whatever_the
             await until(lambda: sum(meter.counts.values()) > 8_000, "a backlog", 60)
             with mosquitto(tmp_path, port), Subscriber(port) as seen:
                 await until(lambda: len(seen.batches("backfill")) > 0, "the backlog to begin")
-                await until(lambda: complete_above(seen, []), "the backlog", 60)
+                await until(lambda: complete_above(seen), "the backlog", 60)
                 await stopped(run)
                 live, late = seen.batches("data"), seen.batches("backfill")
     assert sum(m.batch.count for m in late) > 5_000, "there was no backlog to speak of"
@@ -277,7 +281,7 @@ async def test_p2_a_half_open_link_is_noticed_and_loses_nothing(tmp_path: Path, 
                 link.frozen = False
                 before = len(seen.batches("data"))
                 await until(lambda: len(seen.batches("data")) > before + 2, "live batches again", 30)
-                await until(lambda: complete_above(seen, []), "the backlog")
+                await until(lambda: complete_above(seen), "the backlog")
                 await stopped(run)
     counts = counted(union(seen.batches()).records())
     assert counts == list(range(1, len(counts) + 1))
@@ -290,9 +294,7 @@ async def test_p2_acknowledge_subscriber_keeps_what_nobody_heard(tmp_path: Path,
         await until(lambda: run.said("nobody is subscribed"), "the refusal")
         await until(lambda: meter.counts[1] > 30, "scans")
         with Subscriber(port) as seen:
-            await until(
-                lambda: bool(seen.batches()) and complete_above(seen, []), "everything from seq 1", 40
-            )
+            await until(lambda: bool(seen.batches()) and complete_above(seen), "everything from seq 1", 40)
             assert counted(union(seen.batches()).records())[0] == 1
             await stopped(run)
 

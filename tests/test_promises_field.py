@@ -1,6 +1,7 @@
 """Promises 4 and 6 on the real process: what hangs, lies or is dead changes nothing elsewhere."""
 
 import asyncio
+import itertools
 import os
 import signal
 import statistics
@@ -83,7 +84,7 @@ async def test_p6_a_mean_device_changes_nothing_for_its_neighbours(
             await until(lambda: len(healthy.asked[1]) > before[0] + 30, "scans of a healthy device")
             since = [healthy.asked[i + 1][before[i] :] for i in range(4)]
             await stopped(run)
-        pauses = [b - a for times in since for a, b in zip(times, times[1:], strict=False)]
+        pauses = [b - a for times in since for a, b in itertools.pairwise(times)]
         assert statistics.median(pauses) == pytest.approx(0.1, abs=0.02)
         # bytes that are no Modbus end a shared connection for all; otherwise nobody waits a time-out
         worst = 0.6 if shared and behaviour in ("garbage", "half") else 0.35
@@ -108,7 +109,9 @@ async def test_p6_dead_device_gives_one_record_and_one_when_it_is_back(tmp_path:
                 assert len(healthy.asked[1]) > scans + 10
                 await stopped(run)
             got = union(seen.batches())
-    statuses = [(r["status"], r.get("reason")) for r in got.records() if r.get("device") == "ill" and "status" in r]
+    statuses = [
+        (r["status"], r.get("reason")) for r in got.records() if r.get("device") == "ill" and "status" in r
+    ]
     assert statuses == [("bad", "timeout"), ("good", None)]
     assert [e["device"] for e in got.events("device-down")] == ["ill"]
     assert [e["device"] for e in got.events("device-up")] == ["ill"]
@@ -124,7 +127,10 @@ async def test_p6_no_answer_is_taken_for_another_requests(tmp_path: Path) -> Non
         registers = unit.to_bytes(4, "big") + len(made.asked[unit]).to_bytes(4, "big")
         return frame(tid, unit, bytes((pdu[0], 8)) + registers)
 
-    tags = {"unit": {"address": "holding:0", "type": "uint32"}, "n": {"address": "holding:2", "type": "uint32"}}
+    tags = {
+        "unit": {"address": "holding:0", "type": "uint32"},
+        "n": {"address": "holding:2", "type": "uint32"},
+    }
     async with field() as made:
         for unit in (1, 2, 3):
             made.behave[unit] = late_then_well
@@ -182,12 +188,16 @@ async def test_p4_memory_does_not_grow_with_a_backlog_of_a_million_readings(tmp_
                 peak = large
                 got = 0
                 while got < 1_000_000:
-                    await until(lambda got=got: sum(m.batch.count for m in seen.batches()) * 60 > got, "the drain")
+                    await until(
+                        lambda got=got: sum(m.batch.count for m in seen.batches()) * 60 > got, "the drain"
+                    )
                     got = sum(m.batch.count for m in seen.batches()) * 60
                     peak = max(peak, rss_mb(run))
                 await until(lambda: union(seen.batches()).covered.prefix() > 17_000, "no hole")
                 await stopped(run)
-    print(f"rss with a small backlog {small:.0f} MB, a large one {large:.0f} MB, while draining at most {peak:.0f} MB")
+    print(
+        f"rss with a small backlog {small:.0f} MB, a large one {large:.0f} MB, while draining at most {peak:.0f} MB"
+    )
     assert large - small < 12
     assert peak - small < 40
 
@@ -215,7 +225,16 @@ async def test_p4_memory_does_not_grow_with_a_broker_that_never_acknowledges(tmp
 
 async def test_p4_memory_is_bounded_while_the_disk_hangs(tmp_path: Path) -> None:
     """Each fdatasync takes five seconds: the inbox fills to its bound, and polling goes on."""
-    strace = ("strace", "-D", "-f", "-qq", "-e", "trace=fdatasync", "-e", "inject=fdatasync:delay_enter=5000000:when=4+")
+    strace = (
+        "strace",
+        "-D",
+        "-f",
+        "-qq",
+        "-e",
+        "trace=fdatasync",
+        "-e",
+        "inject=fdatasync:delay_enter=5000000:when=4+",
+    )
     async with field() as made:
         devices = {f"m{i}": device(made.port, unit=i + 1, every="10ms", tags=WIDE) for i in range(8)}
         with gateway(tmp_path, config(free_port(), devices), *strace, "-o", "/dev/null") as run:
@@ -240,4 +259,3 @@ async def test_p6_devices_are_polled_whatever_the_broker_and_the_journal_do(tmp_
             assert run.said("records wait in memory")
             run.send(signal.SIGTERM)
             await asyncio.to_thread(run.end)
-

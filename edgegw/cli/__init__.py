@@ -10,7 +10,10 @@ from edgegw import __version__
 
 _COMMANDS = {
     "run": ("edgegw.cli.run", "run the gateway in the foreground"),
-    "check": ("edgegw.cli.check", "validate the configuration, and with --connect the devices and the broker"),
+    "check": (
+        "edgegw.cli.check",
+        "validate the configuration, and with --connect the devices and the broker",
+    ),
     "demo": ("edgegw.cli.demo", "the whole story in a minute, on simulators and a broker of its own"),
     "sim": ("edgegw.cli.sim", "run the simulated field that config.example.toml expects"),
     "status": ("edgegw.cli.status", "show link, backlog and devices"),
@@ -74,8 +77,10 @@ def main() -> None:
     except EdgegwError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
-    except Exception as error:  # noqa: BLE001  the edge: an operator gets a sentence, a developer the traceback
+    except Exception as error:
         if os.environ.get("EDGEGW_TRACEBACK"):
             raise
-        click.echo(f"error: {type(error).__name__}: {error} (set EDGEGW_TRACEBACK=1 for the traceback)", err=True)
+        click.echo(
+            f"error: {type(error).__name__}: {error} (set EDGEGW_TRACEBACK=1 for the traceback)", err=True
+        )
         sys.exit(1)

@@ -12,7 +12,9 @@ from edgegw.cli.options import config_option
 
 @click.command("run")
 @config_option
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True
+)
 def command(config_path: Path | None, log_level: str) -> None:
     """Run the gateway in the foreground.
 
@@ -24,7 +26,9 @@ def command(config_path: Path | None, log_level: str) -> None:
     from edgegw.config.load import find, load
     from edgegw.gateway import Gateway
 
-    logging.basicConfig(stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(
+        stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
+    )
     path = find(config_path)
     config = load(path)
 

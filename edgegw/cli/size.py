@@ -89,15 +89,18 @@ def _figures(config: "Config", measured: Measured, outage_s: float, mbit: float)
 def _show(figures: dict[str, Any]) -> None:
     gib = 1024**3
     drain = figures["drain_s"]
+    minutes = (
+        f"{drain / 60:,.1f} minutes" if drain is not None else "never: the uplink is slower than the readings"
+    )
     lines = {
         "readings": f"{figures['readings_per_s']:,} a second",
-        "a reading takes": f"{figures['json_bytes_per_reading']} bytes of JSON, {figures['stored_bytes_per_reading']} in the journal",
-        f"outage of {figures['outage_s'] / 3600:g} h": f"{figures['outage_readings']:,} readings, {figures['outage_bytes'] / gib:.3f} GiB",
+        "bytes a reading": f"{figures['json_bytes_per_reading']} as JSON, {figures['stored_bytes_per_reading']} stored",
+        f"outage of {figures['outage_s'] / 3600:g} h": f"{figures['outage_readings']:,} readings, "
+        f"{figures['outage_bytes'] / gib:.3f} GiB",
         "journal is full after": f"{figures['days_until_full']:,} days ({figures['max_size'] / gib:.2f} GiB)",
-        f"drain at {figures['uplink_mbit']:g} Mbit/s": f"{drain / 60:,.1f} minutes"
-        if drain is not None
-        else "never: the uplink is slower than the readings",
-        "written to the card": f"{figures['bytes_written_per_day'] / gib:.2f} GiB and {figures['fsyncs_per_day']:,} fsyncs a day",
+        f"drain at {figures['uplink_mbit']:g} Mbit/s": minutes,
+        "written to the card": f"{figures['bytes_written_per_day'] / gib:.2f} GiB and "
+        f"{figures['fsyncs_per_day']:,} fsyncs a day",
     }
     for name, value in lines.items():
         click.echo(f"{name:<24} {value}")

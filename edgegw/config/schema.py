@@ -130,7 +130,8 @@ class Uplink(Model):
     def _fits(self) -> Self:
         if self.acknowledge == "subscriber" and self.protocol == "3.1.1":
             raise ValueError(
-                'acknowledge = "subscriber" needs MQTT 5, which alone tells; found protocol = "3.1.1"; expected "auto" or "5"'
+                'acknowledge = "subscriber" needs MQTT 5, which alone tells; found protocol = "3.1.1"; '
+                'expected "auto" or "5"'
             )
         if bool(self.cert_file) != bool(self.key_file):
             raise ValueError("cert_file and key_file come together; found only one of them")
@@ -253,7 +254,8 @@ class OpcUaTag(Guard):
     def _type(cls, text: str) -> str:
         if text and text.removesuffix("[]") not in (*REGISTERS, "string"):
             raise ValueError(
-                f"found {text!r}; expected one of {', '.join(REGISTERS)}, string, one of these with [] behind it, or nothing"
+                f"found {text!r}; expected one of {', '.join(REGISTERS)} or string, "
+                "for an array with [] behind it, or nothing"
             )
         return text
 
@@ -308,7 +310,8 @@ class ModbusDevice(Device):
             unknown = set(parse_qs(parts.query)) - known
             if not parts.path or unknown:
                 raise ValueError(
-                    f"found {url!r}; expected serial:///dev/ttyUSB0?baudrate=9600&parity=N (also {', '.join(sorted(known))})"
+                    f"found {url!r}; expected serial:///dev/ttyUSB0?baudrate=9600&parity=N "
+                    f"(known: {', '.join(sorted(known))})"
                 )
         else:
             _check_url(

@@ -41,7 +41,9 @@ class UplinkService:
         self._drain: Drain | None = None
         self._connection: mqtt.Connection | None = None
         self._leaving = False
-        self._spoken: dict[str, str] = {}  # the version that each broker took last: asking for another costs time
+        self._spoken: dict[
+            str, str
+        ] = {}  # the version that each broker took last: asking for another costs time
         self._failures = 0
         self._lost_since = clock.mono_s()
 

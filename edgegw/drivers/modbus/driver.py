@@ -77,7 +77,9 @@ class ModbusDriver:
     async def _join(self, *, own: bool) -> None:
         """Use the connection that the unit shares with its neighbours, or one of its own."""
         await self._stack.aclose()
-        lease = self._sessions.lease(self._config.url, self._timeout_s, own=self._config.unit if own else None)
+        lease = self._sessions.lease(
+            self._config.url, self._timeout_s, own=self._config.unit if own else None
+        )
         self._session = await self._stack.enter_async_context(lease)
         self._alone = own
 
