@@ -82,7 +82,8 @@ def config(folder: Path, field_port: int, broker_port: int, readings_s: float, *
     text += f'url = "mqtt://127.0.0.1:{broker_port}"\nreconnect_jitter = "0s"\n'
     for i in range(DEVICES):
         url = f"tcp://127.0.0.1:{field_port + i}"
-        text += f'[device.d{i:03}]\ndriver = "modbus"\nurl = "{url}"\nevery = "{every_ms}ms"\n[device.d{i:03}.tags]\n{tags}\n'
+        text += f'[device.d{i:03}]\ndriver = "modbus"\nurl = "{url}"\nevery = "{every_ms}ms"\n'
+        text += f"[device.d{i:03}.tags]\n{tags}\n"
     path = folder / "config.toml"
     path.write_text(text)
     return path
@@ -193,7 +194,7 @@ def drain(readings: int) -> dict[str, float]:
         counter = Counter(broker_port)
         stack.callback(counter.close)
         peak, began, last = built, 0.0, (0.0, 0)
-        while not last[1] or last[0] > began and time.monotonic() - last[0] < 3.0:
+        while not last[1] or (last[0] > began and time.monotonic() - last[0] < 3.0):
             at, count, *_ = counter.now()
             if not count:
                 began = at  # the last moment at which nothing had come
@@ -242,7 +243,9 @@ def main() -> None:
     if asked.what in ("start", "all"):
         results["start"] = start()
     if asked.what in ("sustained", "all"):
-        results["sustained"] = sustained(asked.seconds, asked.demand or [200e3, 300e3, 400e3, 500e3, 600e3, 700e3])
+        results["sustained"] = sustained(
+            asked.seconds, asked.demand or [200e3, 300e3, 400e3, 500e3, 600e3, 700e3]
+        )
     if asked.what in ("drain", "all"):
         results["drain"] = drain(asked.backlog)
     if asked.json:
