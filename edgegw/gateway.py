@@ -32,12 +32,12 @@ class Gateway:
         self._started_ms = clock.wall_ms()
         self._drivers = Drivers()
         self._services = Supervisor()
-        self._scanners: dict[str, Scanner] = {}
         self._image: dict[str, Scan] = {}
         path = journal_path(config, config_path)
         self._journal = Journal(path, config.gateway.id, config.journal, config.uplink.max_message)
         self._uplink = UplinkService(config, config_path, self._journal, self._link_changed)
         self._notifier = Notifier()
+        self._scanners = {name: self._scanner(name, device) for name, device in config.device.items()}
 
     async def run(self) -> None:
         """Run until SIGTERM or SIGINT; sinks start first, sources stop first."""
@@ -51,8 +51,8 @@ class Gateway:
         self._journal.start()
         self._journal.append(Event(self._started_ms, "start", {"version": __version__}))
         self._services.start("uplink", self._uplink.run)
-        for name, device in self._config.device.items():
-            self._start_device(name, device)
+        for name, scanner in self._scanners.items():
+            self._services.start(f"device.{name}", scanner.run)
         if self._config.status.http:
             self._services.start("status", StatusServer(self._config.status.http, self.snapshot).run)
         if self._notifier.watchdog_s is not None:
@@ -82,10 +82,8 @@ class Gateway:
         if not await self._journal.close():
             log.error("journal: stopped with records that could not be written")
 
-    def _start_device(self, name: str, device: Device) -> None:
-        scanner = Scanner(name, self._drivers.make(name, device), self._journal.append, self._image)
-        self._scanners[name] = scanner
-        self._services.start(f"device.{name}", scanner.run)
+    def _scanner(self, name: str, device: Device) -> Scanner:
+        return Scanner(name, self._drivers.make(name, device), self._journal.append, self._image)
 
     async def _stop_device(self, name: str) -> None:
         await self._services.stop(f"device.{name}")
@@ -118,7 +116,8 @@ class Gateway:
         for name in gone:
             await self._stop_device(name)
         for name in come:
-            self._start_device(name, config.device[name])
+            self._scanners[name] = self._scanner(name, config.device[name])
+            self._services.start(f"device.{name}", self._scanners[name].run)
         self._config = old.model_copy(update={"device": config.device})
         log.info("reload: %d devices stopped, %d started", len(gone), len(come))
         self._journal.append(Event(clock.wall_ms(), "config", {"ok": True, "stopped": gone, "started": come}))

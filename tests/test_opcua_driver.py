@@ -453,22 +453,6 @@ async def test_a_cancelled_scan_can_be_asked_again(field: Field, mode: str) -> N
         assert (await values_once(driver, {"voltage"}))["voltage"] == 241.0
 
 
-async def test_one_word_in_the_log_when_lost_and_one_when_back(
-    field: Field, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
-    async with OpcUaDriver("plant", config(field.url)) as driver:
-        await values_once(driver, set(EVERY))
-        field.kill()
-        for _ in range(4):
-            await error_of(driver)
-        await field.start()
-        await working(driver)
-    words = [record.getMessage().removeprefix(f"device.plant ({field.url}): ") for record in caplog.records]
-    assert [word.split()[0] for word in words] == ["connected", "connection", "back"]
-    assert words[1] == "connection lost (waiting)"
-
-
 async def test_browsing_lists_nodes_with_type_and_value(field: Field) -> None:
     found = [entry async for entry in browse(field.url, timeout_s=TIMEOUT_S)]
     assert {

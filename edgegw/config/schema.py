@@ -239,10 +239,14 @@ class ModbusTag(Guard):
         return REGISTERS[self.type]
 
 
+NODE_ID = r"^(ns=\d{1,5};)?(i=\d{1,10}|s=.+|g=[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}|b=[A-Za-z0-9+/]+=*)$"
+"""An OPC UA node id in its text form (OPC UA Part 6, 5.3.1.10)."""
+
+
 class OpcUaTag(Guard):
     """One node of an OPC UA server."""
 
-    address: str = Field(pattern=r"^(ns=\d+;)?[isgb]=.+$")
+    address: str = Field(pattern=NODE_ID)
     type: str = ""
     scale: float = 1.0
     offset: float = 0.0

@@ -51,8 +51,6 @@ class OpcUaDriver:
         self._overflowing: set[str] = set()
         self._connection: Connection | None = None
         self._failure: DeviceError | None = None
-        self._down_since_s: float | None = None
-        self._failures = 0
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -208,13 +206,6 @@ class OpcUaDriver:
         self._connection = connection
         self._failure = None
         self._news.set()
-        if self._down_since_s is None:
-            log.info("%s: connected", self._where)
-        else:
-            down_s = clock.mono_s() - self._down_since_s
-            log.info("%s: back after %d failures, %.0f s", self._where, self._failures, down_s)
-        self._down_since_s = None
-        self._failures = 0
 
     def _down(self, error: DeviceError) -> None:
         self._connection = None
@@ -224,10 +215,6 @@ class OpcUaDriver:
                 self._queue.pop()
             self._queue.append(error)
         self._news.set()
-        self._failures += 1
-        if self._down_since_s is None:
-            self._down_since_s = clock.mono_s()
-            log.warning("%s: %s", self._where, error)
 
     def _located(self, error: DeviceError) -> DeviceError:
         return type(error)(error.reason, f"{self._where}: {error}")
