@@ -47,7 +47,7 @@ def _compile_registers(block: Block) -> Callable[[bytes], Decoded]:
     layout, gather = _layout(block)
     unpack = layout.unpack
     names = [placed.name for placed in block.tags]
-    floats = [i for i, placed in enumerate(block.tags) if placed.tag.type in ("float32", "float64")]
+    floats = [i for i, placed in enumerate(block.tags) if _may_be_infinite(placed.tag)]
     only_floats = len(floats) == len(names)
     finish = [(i, step) for i, placed in enumerate(block.tags) if (step := _finish(placed.tag)) is not None]
 
@@ -72,6 +72,14 @@ def _compile_registers(block: Block) -> Callable[[bytes], Decoded]:
         return values, quality
 
     return decode
+
+
+def _may_be_infinite(tag: ModbusTag) -> bool:
+    """Tell whether a value can come out that is no finite number: any float, or an integer scaled far up."""
+    if tag.type in ("float32", "float64"):
+        return True
+    scaled = tag.scale != 1.0 or tag.offset != 0.0
+    return scaled and not isfinite(2.0 ** (16 * tag.registers) * abs(tag.scale) + abs(tag.offset))
 
 
 def _layout(block: Block) -> tuple[struct.Struct, Callable[[bytes], bytes] | None]:
