@@ -350,11 +350,6 @@ async def test_check_reads_once_and_says_what_is_not_good(field: Field) -> None:
         )
 
 
-def test_an_address_that_is_no_node_id_is_a_mistake_in_the_config() -> None:
-    with pytest.raises(ConfigError, match=r"device\.plant\.tags\.x\.address: found 'i=abc'"):
-        OpcUaDriver("plant", config("opc.tcp://127.0.0.1:1/", tags={"x": {"address": "i=abc"}}))
-
-
 async def test_what_is_not_opc_ua_is_an_error_and_tried_again() -> None:
     connections = 0
 

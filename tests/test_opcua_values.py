@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from asyncua import ua
+from pydantic import ValidationError
 
 from edgegw.config.schema import OpcUaTag
 from edgegw.domain.record import Scan
@@ -176,13 +177,33 @@ def test_readings_become_scans(
     assert values.group("d", readings, 99, by_source=by_source) == scans
 
 
-@pytest.mark.parametrize("address", ["ns=2;g=not-a-guid", "i=abc", "ns=99999999999999999;i=x"])
-def test_an_address_that_is_no_node_id_is_named(address: str) -> None:
-    tags = {
-        "good": OpcUaTag.model_validate({"address": "ns=2;s=a;b=c"}),
-        "wrong": OpcUaTag.model_construct(address=address),
-    }
-    nodes, wrong = values.addresses(tags)
-    assert nodes["good"].Identifier == "a;b=c"
-    assert list(wrong) == ["wrong"]
-    assert address in wrong["wrong"]
+WRONG_NODE_IDS = [
+    "",
+    "x",
+    "ns=2;g=not-a-guid",
+    "i=abc",
+    "i=4294967296",
+    "ns=65536;i=1",
+    "b=abc",
+    "s=",
+    "ns=2",
+]
+NODE_IDS = [
+    "i=2258",
+    "ns=2;s=a;b=c",
+    "ns=65535;i=4294967295",
+    "b=YWJj",
+    "ns=1;g=12345678-1234-1234-1234-1234567890ab",
+]
+
+
+@pytest.mark.parametrize("address", WRONG_NODE_IDS)
+def test_an_address_that_is_no_node_id_is_a_mistake_in_the_config(address: str) -> None:
+    with pytest.raises(ValidationError, match="expected a node id"):
+        OpcUaTag.model_validate({"address": address})
+
+
+@pytest.mark.parametrize("address", NODE_IDS)
+def test_an_address_that_the_config_takes_is_a_node_id(address: str) -> None:
+    tag = OpcUaTag.model_validate({"address": address})
+    assert ua.NodeId.from_string(tag.address).to_string() == address

@@ -104,8 +104,6 @@ def _problem(raw: dict[str, Any], found: Any) -> Problem:
             return where, f"found {value!r}; expected a table"
         case "too_short":
             return where, "is empty; expected at least one"
-        case "string_pattern_mismatch":
-            return where, f"found {value!r}; expected a node id as in ns=2;s=Name or i=2258"
         case "tuple_type":
             return where, f"found {value!r}; expected a string or a list of strings"
     message = found["msg"]

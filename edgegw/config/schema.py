@@ -1,9 +1,18 @@
 """The configuration as frozen models: every key of the contract, its type and its default."""
 
+import re
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from edgegw.config.units import Duration, ModbusAddress, Size
 from edgegw.domain.tag import GATEWAY_ID, NAME
@@ -239,14 +248,24 @@ class ModbusTag(Guard):
         return REGISTERS[self.type]
 
 
-NODE_ID = r"^(ns=\d{1,5};)?(i=\d{1,10}|s=.+|g=[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}|b=[A-Za-z0-9+/]+=*)$"
-"""An OPC UA node id in its text form (OPC UA Part 6, 5.3.1.10)."""
+_NODE_ID = re.compile(
+    r"(?:ns=(?P<ns>\d{1,5});)?"
+    r"(?:i=(?P<i>\d{1,10})|s=.+|g=[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}|b=(?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/=]{4})"
+)
+
+
+def _node_id(text: str) -> str:
+    """Check a node id in its text form (OPC UA Part 6, 5.3.1.10)."""
+    match = _NODE_ID.fullmatch(text)
+    if match is None or int(match["ns"] or 0) > 0xFFFF or int(match["i"] or 0) > 0xFFFFFFFF:
+        raise ValueError(f"found {text!r}; expected a node id, as in ns=2;s=Irradiance or ns=3;i=1001")
+    return text
 
 
 class OpcUaTag(Guard):
     """One node of an OPC UA server."""
 
-    address: str = Field(pattern=NODE_ID)
+    address: Annotated[str, AfterValidator(_node_id)]
     type: str = ""
     scale: float = 1.0
     offset: float = 0.0

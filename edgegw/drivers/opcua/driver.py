@@ -15,7 +15,7 @@ from edgegw.config.schema import OpcUaDevice
 from edgegw.domain.record import Scan
 from edgegw.drivers.opcua import values
 from edgegw.drivers.opcua.connection import Connection
-from edgegw.errors import ConfigError, DeviceError, NotConnected
+from edgegw.errors import DeviceError, NotConnected
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +36,11 @@ class OpcUaDriver:
     """
 
     def __init__(self, name: str, config: OpcUaDevice, *, queue_most: int = QUEUE_MOST) -> None:
-        nodes, wrong = values.addresses(config.tags)
-        if wrong:
-            raise ConfigError([f"device.{name}.tags.{tag}.address: {why}" for tag, why in wrong.items()])
         self.period_s: float | None = config.every.s if config.mode == "poll" else None
         self._name = name
         self._config = config
         self._tags = list(config.tags.items())
-        self._nodes = list(nodes.values())
+        self._nodes = [ua.NodeId.from_string(tag.address) for tag in config.tags.values()]
         self._where = f"device.{name} ({config.url})"
         self._queue_most = queue_most
         self._queue: deque[tuple[int, list[tuple[int, ua.DataValue]]] | DeviceError] = deque()

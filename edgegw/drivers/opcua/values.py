@@ -6,14 +6,13 @@ Status codes are those of OPC UA Part 4, 7.39: the two top bits say good, uncert
 import math
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from operator import itemgetter
 from typing import NamedTuple
 
 from asyncua import ua
 from asyncua.ua.status_codes import code_to_name_doc
-from asyncua.ua.uaerrors import UaError
 
 from edgegw.config.schema import OpcUaTag
 from edgegw.domain.quality import BAD_TEXT, NOT_A_NUMBER, bad, uncertain
@@ -195,17 +194,3 @@ def _ms(at: datetime | None) -> int | None:
     if at is None or (at := _aware(at)) < _EPOCH or at.year >= _MEANINGLESS_YEAR:
         return None
     return (at - _EPOCH) // timedelta(milliseconds=1)
-
-
-def addresses(tags: Mapping[str, OpcUaTag]) -> tuple[dict[str, ua.NodeId], dict[str, str]]:
-    """Return each tag's node id, and what is wrong with those that are none."""
-    nodes: dict[str, ua.NodeId] = {}
-    wrong: dict[str, str] = {}
-    for name, tag in tags.items():
-        try:
-            nodes[name] = ua.NodeId.from_string(tag.address)
-        except (UaError, ValueError) as error:
-            wrong[name] = (
-                f"found {tag.address!r}; expected a node id, as in ns=2;s=Irradiance or ns=3;i=1001 ({error})"
-            )
-    return nodes, wrong
