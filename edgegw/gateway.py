@@ -13,6 +13,7 @@ from edgegw.domain.record import Event, Scan
 from edgegw.drivers.registry import Drivers
 from edgegw.errors import ConfigError
 from edgegw.journal.journal import Journal
+from edgegw.runtime.lock import held
 from edgegw.runtime.notify import Notifier
 from edgegw.runtime.supervisor import Supervisor
 from edgegw.scan.scanner import Scanner
@@ -40,7 +41,13 @@ class Gateway:
         self._scanners = {name: self._scanner(name, device) for name, device in config.device.items()}
 
     async def run(self) -> None:
-        """Run until SIGTERM or SIGINT; sinks start first, sources stop first."""
+        """Run until SIGTERM or SIGINT; raise HeldError if another process has the journal."""
+        path = self._journal.path
+        with held(path.with_name(path.name + ".lock"), f"journal {path}"):
+            await self._run()
+
+    async def _run(self) -> None:
+        """Start sinks first, and stop sources first."""
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -163,13 +163,11 @@ async def test_a_small_receive_maximum_is_kept_to(tmp_path: Path, meter: Field) 
     made = config(port, {"m": device(meter.port, every="5ms")}, uplink={"max_message": "1KiB"})
     with gateway(tmp_path, made) as run:
         await until(lambda: meter.counts[1] > 500, "a backlog")
-        with mosquitto(tmp_path, port, "allow_anonymous true\nmax_inflight_messages 2"):
-            with Subscriber(port) as seen:
-                await until(
-                    lambda: seen.batches() and union(seen.batches()).covered.prefix() > 500, "the drain"
-                )
-                assert not run.said("records stay in the journal")
-                await stopped(run)
+        broker = mosquitto(tmp_path, port, "allow_anonymous true\nmax_inflight_messages 2")
+        with broker, Subscriber(port) as seen:
+            await until(lambda: seen.batches() and union(seen.batches()).covered.prefix() > 500, "the drain")
+            assert not run.said("records stay in the journal")
+            await stopped(run)
 
 
 async def test_a_batch_larger_than_the_broker_takes_stays_and_is_said(tmp_path: Path, meter: Field) -> None:

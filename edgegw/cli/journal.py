@@ -55,19 +55,20 @@ def stat(config_path: Path | None, as_json: bool) -> None:
 @config_option
 @json_option
 def tail(count: int, config_path: Path | None, as_json: bool) -> None:
-    """Show the last records, oldest first; with --json one object a line."""
+    """Show the last records, oldest first."""
     reader, _ = open_journal(config_path)
     records: list[tuple[int, dict[str, Any]]] = []
     for batch in reversed(reader.newest(count)):
         records = [*_records(batch), *records]
         if len(records) >= count:
             break
-    for seq, record in records[-count:]:
-        if as_json:
-            click.echo(msgspec.json.encode({"seq": seq, **record}).decode())
-            continue
+    shown = [{"seq": seq, **record} for seq, record in records[-count:]]
+    if as_json:
+        print_json(shown)
+        return
+    for record in shown:
         when = datetime.fromtimestamp(record.pop("ts") / 1000, UTC).isoformat(timespec="milliseconds")
-        what = record.pop("device", None) or record.pop("event", "")
+        seq, what = record.pop("seq"), record.pop("device", None) or record.pop("event", "")
         click.echo(f"{seq:>10}  {when}  {what}  {msgspec.json.encode(record.get('values', record)).decode()}")
 
 

@@ -57,6 +57,10 @@ class Ack(NamedTuple):
     reason: str
 
 
+class Unreachable(UplinkError):
+    """Nobody listens there, so nothing was learnt about the broker."""
+
+
 class _ProtocolRefused(UplinkError):
     """The broker does not speak this version of MQTT."""
 
@@ -129,11 +133,11 @@ class Connection:
             async with asyncio.timeout(CONNECT_S):
                 await asyncio.to_thread(self._client.connect, self._host, self._port, KEEPALIVE_S)
         except TimeoutError:
-            raise UplinkError(f"uplink {self.url}: no connection in {CONNECT_S:.0f} s") from None
+            raise Unreachable(f"uplink {self.url}: no connection in {CONNECT_S:.0f} s") from None
         except ssl.SSLError as error:
             raise UplinkError(f"uplink {self.url}: TLS failed: {error.reason or error}".lower()) from None
         except OSError as error:
-            raise UplinkError(f"uplink {self.url}: {(error.strerror or str(error)).lower()}") from None
+            raise Unreachable(f"uplink {self.url}: {(error.strerror or str(error)).lower()}") from None
         self._keep_house()
         patience_s = VERSION_S if self._v5 else CONNECT_S
         try:

@@ -110,7 +110,8 @@ class UplinkService:
             try:
                 connection = await mqtt.connect(url, spoken, login(self._config, self._config_path), will)
             except UplinkError as error:
-                self._spoken.pop(url, None)
+                if not isinstance(error, mqtt.Unreachable):
+                    self._spoken.pop(url, None)
                 failures.append(str(error))
             else:
                 self._spoken[url] = connection.protocol
