@@ -1,10 +1,10 @@
 """Sessions: one connection for each endpoint, kept up for as long as any device uses it."""
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
@@ -47,6 +47,7 @@ class Session(Generic[C]):
         self._lost.set()
         self._tried = asyncio.Event()
         self._failure: NotConnected | None = None
+        self._crash: BaseException | None = None
 
     async def run(self) -> None:
         """Keep the connection until cancelled."""
@@ -71,11 +72,18 @@ class Session(Generic[C]):
         self._failure = error if isinstance(error, NotConnected) else None
         self._tried.set()
 
+    def ended(self, task: "asyncio.Task[None]") -> None:
+        """Note how `run` ended: a bug in it is raised to whoever waits for the connection."""
+        self._crash = None if task.cancelled() else task.exception()
+        self._tried.set()
+
     async def ready(self) -> C:
         """Return the connection; wait for one attempt after a loss, raise NotConnected if that fails."""
         if not self.connection.connected:
             self.lost()
             await self._tried.wait()
+            if self._crash is not None:
+                raise self._crash
             if not self.connection.connected:
                 raise self._failure or NotConnected(
                     "connection-lost", "the connection is gone; a new one is being tried"
@@ -90,12 +98,21 @@ class Session(Generic[C]):
             self._lost.set()
 
 
+@dataclass(slots=True)
+class _Leased(Generic[C]):
+    """A session, the task that runs it, and how many use it."""
+
+    session: Session[C]
+    task: "asyncio.Task[None]"
+    users: int = 0
+
+
 class Sessions(Generic[C]):
     """The sessions of a protocol, one for each endpoint, each open while it is leased."""
 
     def __init__(self, connect: Callable[[str], C]) -> None:
         self._connect = connect
-        self._open: dict[tuple[str, int | None], tuple[Session[C], asyncio.Task[None], int]] = {}
+        self._open: dict[tuple[str, int | None], _Leased[C]] = {}
 
     @asynccontextmanager
     async def lease(self, url: str, timeout_s: float, *, own: int | None = None) -> AsyncIterator[Session[C]]:
@@ -104,19 +121,22 @@ class Sessions(Generic[C]):
         `own` asks for a session apart from the others' of this url, for the unit of that number.
         """
         key = (url, own)
-        session, task, users = self._open.get(key) or self._start(url, timeout_s)
-        self._open[key] = (session, task, users + 1)
+        leased = self._open.get(key)
+        if leased is None or leased.task.done():
+            leased = self._open[key] = self._start(url, timeout_s)
+        leased.users += 1
         try:
-            yield session
+            yield leased.session
         finally:
-            session, task, users = self._open.pop(key)
-            if users > 1:
-                self._open[key] = (session, task, users - 1)
-            else:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+            leased.users -= 1
+            if not leased.users:
+                if self._open.get(key) is leased:
+                    del self._open[key]
+                leased.task.cancel()
+                await asyncio.wait([leased.task])
 
-    def _start(self, url: str, timeout_s: float) -> tuple[Session[C], asyncio.Task[None], int]:
+    def _start(self, url: str, timeout_s: float) -> _Leased[C]:
         session = Session(self._connect(url), timeout_s)
-        return session, asyncio.create_task(session.run(), name=f"session {url}"), 0
+        task = asyncio.create_task(session.run(), name=f"session {url}")
+        task.add_done_callback(session.ended)
+        return _Leased(session, task)

@@ -1,18 +1,19 @@
 """Transports: how a request's bytes reach a unit and the answer's come back.
 
-TCP has a lean protocol of its own over pymodbus's framer, since transaction ids let several requests be on the
-way and tell every answer's request. TLS, RTU over TCP and serial lines use pymodbus's clients, strictly one
-request at a time; where no transaction id tells a late answer from a wanted one, a timeout ends the connection.
+TCP, plain or in TLS, has a lean protocol of its own over pymodbus's framer, since transaction ids let several
+requests be on the way and tell every answer's request. RTU over TCP and serial lines use pymodbus's clients,
+strictly one request at a time, since no transaction id tells a late answer from a wanted one.
 """
 
 import asyncio
 import logging
 import ssl
+import struct
 from collections import deque
 from typing import Any, Protocol, cast
 from urllib.parse import parse_qs, urlsplit
 
-from pymodbus.client import AsyncModbusSerialClient, AsyncModbusTcpClient, AsyncModbusTlsClient
+from pymodbus.client import AsyncModbusSerialClient, AsyncModbusTcpClient
 from pymodbus.exceptions import ModbusException
 from pymodbus.framer import FramerSocket, FramerType
 from pymodbus.pdu import DecodePDU, ModbusPDU
@@ -23,6 +24,12 @@ logging.getLogger("pymodbus").setLevel(logging.CRITICAL)  # what goes wrong is s
 
 TURN_S = 0.2
 """How long a request on a shared connection keeps the others waiting."""
+
+MUTE = 3
+"""Requests in a row without any answer after which a connection is taken for dead: it may well be half open."""
+
+_HANDED_OVER = -1
+"""Holds the turn, in place of a transaction id, until the next in the queue has come to take it."""
 
 _HEADER = 7
 _LONGEST = 254  # unit and PDU, the length field of an MBAP header (Messaging on TCP/IP 1.0b, 3.1.3)
@@ -51,16 +58,19 @@ class Transport(Protocol):
 
 def open_transport(url: str) -> Transport:
     """Return the transport for a device's url."""
-    scheme = urlsplit(url).scheme
-    return TcpTransport(url) if scheme == "tcp" else ClientTransport(url)
+    return TcpTransport(url) if urlsplit(url).scheme in ("tcp", "tls") else RtuTransport(url)
 
 
 class TcpTransport:
-    """Modbus/TCP: any number of requests on the way, told apart by their transaction ids."""
+    """Modbus/TCP, plain or in TLS: any number of requests on the way, told apart by their transaction ids.
+
+    TLS verifies the device's certificate and name against the system's store, or what SSL_CERT_FILE names.
+    """
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
-        self._host, self._port = parts.hostname or "", parts.port or 502
+        self._tls = parts.scheme == "tls"
+        self._host, self._port = parts.hostname or "", parts.port or (802 if self._tls else 502)
         self._wire: _Wire | None = None
 
     @property
@@ -73,12 +83,18 @@ class TcpTransport:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(timeout_s):
-                _, self._wire = await loop.create_connection(_Wire, self._host, self._port)
+                context = ssl.create_default_context() if self._tls else None
+                _, self._wire = await loop.create_connection(_Wire, self._host, self._port, ssl=context)
         except TimeoutError:
             raise NotConnected("unreachable", f"no connection in {timeout_s} s") from None
         except ConnectionRefusedError:
             raise NotConnected(
                 "refused", "connection refused; is it switched on, and is the port right?"
+            ) from None
+        except ssl.SSLCertVerificationError as error:
+            raise NotConnected(
+                "not-trusted",
+                f"certificate refused: {error.verify_message}; is its CA in the system's store or in SSL_CERT_FILE?",
             ) from None
         except OSError as error:
             raise NotConnected("unreachable", (error.strerror or str(error)).lower()) from None
@@ -101,7 +117,8 @@ class _Wire(asyncio.Protocol):
 
     Requests take turns, since many a gateway minds more than one at a time. A turn ends with the answer, or
     after TURN_S so that a silent unit does not hold up its neighbours; one that was silent last time has none.
-    A frame that stays in pieces ends the connection too: the next answer's bytes would complete it.
+    A frame that stays in pieces ends the connection too: the next answer's bytes would complete it. And so does
+    silence to MUTE requests in a row.
     """
 
     def __init__(self) -> None:
@@ -114,8 +131,9 @@ class _Wire(asyncio.Protocol):
         self._waiting: dict[int, tuple[int, asyncio.Future[bytes]]] = {}
         self._holder = 0
         self._held_since = 0.0
-        self._queue: deque[asyncio.Future[None]] = deque()
+        self._queue: deque[asyncio.Future[bool]] = deque()
         self._silent: set[int] = set()
+        self._unanswered = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by descent
@@ -125,8 +143,9 @@ class _Wire(asyncio.Protocol):
         self.fail(NotConnected("connection-lost", "the device closed the connection"))
 
     def data_received(self, data: bytes) -> None:
-        if self._buffer and len(self._waiting) > 1:
-            self.fail(Spoilt("garbage", "an answer came in pieces while others were on the way"))
+        self._unanswered = 0
+        if self._buffer and self._begins_an_answer(data):
+            self.fail(Spoilt("garbage", "an answer ended in the middle of another's"))
             return
         buffer = self._buffer + data if self._buffer else data
         while len(buffer) >= _HEADER:
@@ -140,6 +159,15 @@ class _Wire(asyncio.Protocol):
             buffer = buffer[used:]
             self._answered(tid, unit, pdu)
         self._buffer = buffer
+
+    def _begins_an_answer(self, data: bytes) -> bool:
+        """Tell whether what should complete a frame looks like the beginning of another request's answer."""
+        partial = int.from_bytes(self._buffer[:2], "big") if len(self._buffer) > 1 else None
+        return any(
+            tid != partial
+            and (struct.pack(">HH", tid, 0) + data[4:6] + bytes((unit,))).startswith(data[:_HEADER])
+            for tid, (unit, _) in self._waiting.items()
+        )
 
     def _answered(self, tid: int, unit: int, pdu: bytes) -> None:
         asked = self._waiting.get(tid)
@@ -155,14 +183,18 @@ class _Wire(asyncio.Protocol):
         if self._holder:
             await self._turn()
         if not self.open or self._transport is None:
+            self._pass_on()
             raise NotConnected("connection-lost", "the connection is gone; a new one is being tried")
         self._tid = tid = self._tid % 0xFFFF + 1
         if tid in self._waiting:
+            self._pass_on()
             raise NoAnswer("overrun", "65535 requests are on the way")
         answer: asyncio.Future[bytes] = self._loop.create_future()
         self._waiting[tid] = (unit, answer)
         timer = self._loop.call_later(timeout_s, self._expire, unit, answer, timeout_s)
-        if unit not in self._silent:
+        if unit in self._silent:
+            self._pass_on()
+        else:
             self._holder = tid
             self._held_since = self._loop.time()
         try:
@@ -173,41 +205,48 @@ class _Wire(asyncio.Protocol):
         finally:
             timer.cancel()
             del self._waiting[tid]
-            self._pass_on(tid)
+            if self._holder == tid:
+                self._pass_on()
 
     async def _turn(self) -> None:
-        """Wait until whoever holds the turn is answered or has held it long enough."""
-        while self._holder:
-            left_s = self._held_since + TURN_S - self._loop.time()
-            if left_s <= 0:
-                self._holder = 0
-                return
-            mine: asyncio.Future[None] = self._loop.create_future()
+        """Wait until the turn is handed over, or whoever holds it has held it long enough."""
+        while self._holder and (left_s := self._held_since + TURN_S - self._loop.time()) > 0:
+            mine: asyncio.Future[bool] = self._loop.create_future()
             self._queue.append(mine)
             timer = self._loop.call_later(left_s, _wake, mine)
             try:
-                await mine
+                if await mine:
+                    return
+            except asyncio.CancelledError:
+                if not mine.cancelled() and mine.result():
+                    self._pass_on()
+                raise
             finally:
                 timer.cancel()
 
-    def _pass_on(self, tid: int) -> None:
-        """End the turn of this request, if it still has it; the next in the queue may go."""
-        if self._holder != tid:
-            return
+    def _pass_on(self) -> None:
+        """Hand the turn to the next in the queue; nobody who comes meanwhile can take it."""
         self._holder = 0
         while self._queue:
             following = self._queue.popleft()
             if not following.done():
-                following.set_result(None)
+                self._holder = _HANDED_OVER
+                self._held_since = self._loop.time()
+                following.set_result(True)
                 return
 
     def _expire(self, unit: int, answer: asyncio.Future[bytes], timeout_s: float) -> None:
         if answer.done():
             return
         self._silent.add(unit)
+        self._unanswered += 1
         answer.set_exception(NoAnswer("timeout", f"no answer in {timeout_s} s"))
         if self._buffer:
             self.fail(Spoilt("garbage", "an answer ended in the middle"))
+        elif self._unanswered >= MUTE:
+            self.fail(
+                NotConnected("timeout", f"nothing came back for {MUTE} requests; the connection is made anew")
+            )
 
     def fail(self, error: DeviceError) -> None:
         """End the connection; every request on the way gets the error."""
@@ -219,9 +258,10 @@ class _Wire(asyncio.Protocol):
                 answer.set_exception(error)
 
 
-def _wake(waiting: asyncio.Future[None]) -> None:
+def _wake(waiting: asyncio.Future[bool]) -> None:
+    """Let one who waits look again; the turn is not handed over."""
     if not waiting.done():
-        waiting.set_result(None)
+        waiting.set_result(False)
 
 
 class _RawRequest(ModbusPDU):
@@ -251,15 +291,19 @@ def _raw_response(function: int) -> type[ModbusPDU]:
     return RawResponse
 
 
-class ClientTransport:
-    """TLS, RTU over TCP and serial lines through pymodbus's clients, one request at a time."""
+class RtuTransport:
+    """RTU over TCP and serial lines through pymodbus's clients, one request at a time.
+
+    A request that was not answered, or was given up, ends the connection, and the same unit is not asked again
+    until its answer can be late no more: nothing would tell that from the next one. Another unit's bears the
+    other's number, so the neighbours do not wait.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._client: Any = None
         self._turn = asyncio.Lock()
-        self._late_until = 0.0
-        self._has_ids = urlsplit(url).scheme == "tls"
+        self._late_until: dict[int, float] = {}
 
     @property
     def connected(self) -> bool:
@@ -267,41 +311,43 @@ class ClientTransport:
         return self._client is not None and bool(self._client.connected)
 
     async def connect(self, timeout_s: float) -> None:
-        """Connect; raise NotConnected. After a timeout it first waits until a late answer can be late no more."""
-        loop = asyncio.get_running_loop()
-        if (wait_s := self._late_until - loop.time()) > 0:
-            await asyncio.sleep(wait_s)
+        """Connect; raise NotConnected."""
         self.close()
         client = _client(self._url, timeout_s)
         try:
-            async with asyncio.timeout(timeout_s):
-                done = await client.connect()
-        except (TimeoutError, OSError, ModbusException) as error:
+            done = await client.connect()
+            _still_wanted()
+        except (OSError, ModbusException) as error:
+            raise NotConnected("unreachable", str(error).lower()) from None
+        except asyncio.CancelledError:
             client.close()
-            raise NotConnected(
-                "unreachable", str(error).lower() or f"no connection in {timeout_s} s"
-            ) from None
+            raise
         if not done:
-            client.close()
             raise NotConnected("refused", "no connection; is it switched on, and is the address right?")
         self._client = client
 
     async def call(self, unit: int, pdu: bytes, timeout_s: float) -> bytes:
         """Send a request PDU and return the PDU that answers it; raise DeviceError."""
+        loop = asyncio.get_running_loop()
+        if (late_s := self._late_until.get(unit, 0.0) - loop.time()) > 0:
+            await asyncio.sleep(late_s)
         async with self._turn:
             client = self._client
             if client is None or not client.connected:
                 raise NotConnected("not-connected", "no connection")
             client.ctx.comm_params.timeout_connect = timeout_s
+            response: Any = None
             try:
                 response = await client.execute(False, _RawRequest(unit, pdu))
+                _still_wanted()
             except ModbusException as error:
-                if not self._has_ids:
-                    self._late_until = asyncio.get_running_loop().time() + timeout_s
-                self.close()
                 if "No response" in str(error):
                     raise NoAnswer("timeout", f"no answer in {timeout_s} s") from None
                 raise BadAnswer("garbage", str(error).lower()) from None
+            finally:
+                if response is None:
+                    self._late_until[unit] = loop.time() + timeout_s
+                    self.close()
             if response.isError():
                 return bytes((response.function_code, response.exception_code))
             return bytes((response.function_code,)) + bytes(response.body)
@@ -311,6 +357,16 @@ class ClientTransport:
         client, self._client = self._client, None
         if client is not None:
             client.close()
+
+
+def _still_wanted() -> None:
+    """Raise the cancellation that asyncio.wait_for, which pymodbus uses, may have swallowed (cpython gh-86296).
+
+    It can go with Python 3.11.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _client(url: str, timeout_s: float) -> Any:
@@ -328,13 +384,9 @@ def _client(url: str, timeout_s: float) -> Any:
             stopbits=int(options.get("stopbits", 1)),
             **common,
         )
-    elif parts.scheme == "rtu+tcp":
+    else:
         client = AsyncModbusTcpClient(
             parts.hostname or "", port=parts.port or 502, framer=FramerType.RTU, **common
-        )
-    else:
-        client = AsyncModbusTlsClient(
-            parts.hostname or "", port=parts.port or 802, sslctx=ssl.create_default_context(), **common
         )
     for function in (1, 2, 3, 4, 5, 6, 15, 16):
         client.register(_raw_response(function))
