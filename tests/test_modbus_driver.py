@@ -478,11 +478,15 @@ async def test_a_connection_that_fails_in_an_unforeseen_way_is_heard_of() -> Non
         def close(self) -> None: ...
 
     sessions: Sessions[Transport] = Sessions(lambda url: Broken())
-    for tries in (1, 2):
-        async with asyncio.timeout(5), ModbusDriver("d", config("tcp://127.0.0.1:9"), sessions) as driver:
-            with pytest.raises(ZeroDivisionError, match="a bug"):
-                await driver.scan()
-        assert Broken.tries == tries, "a driver that starts again begins with a new session"
+    made = config("tcp://127.0.0.1:9")
+    async with asyncio.timeout(5), ModbusDriver("waits", made, sessions) as waits:
+        for tries in (1, 2, 3):
+            async with ModbusDriver("d", made, sessions) as driver:
+                with pytest.raises(ZeroDivisionError, match="a bug"):
+                    await driver.scan()
+            assert Broken.tries == tries, "a driver that starts again begins with a new session"
+        with pytest.raises(ZeroDivisionError, match="a bug"):
+            await waits.scan()
 
 
 async def test_transaction_ids_wrap_and_are_never_shared() -> None:
@@ -556,7 +560,7 @@ async def test_a_unit_with_many_reads_lets_the_others_in_between() -> None:
     assert watch.most == 1
 
 
-async def test_who_leaves_the_queue_does_not_stop_it() -> None:
+async def test_who_leaves_the_queue_does_not_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next in line is cancelled in the very moment that it is handed the turn."""
     async with field() as made:
         made.behave[1] = made.slow(0.05)
@@ -566,8 +570,8 @@ async def test_who_leaves_the_queue_does_not_stop_it() -> None:
             wire = one._session.connection._wire  # type: ignore[union-attr]
             first, second, third = (asyncio.create_task(scanned(driver)) for driver in (one, two, three))
             await until(lambda: len(wire._queue) == 2, "two to wait")
-            handed = wire._queue[0]
-            handed.add_done_callback(lambda _: second.cancel())
+            pass_on = wire._pass_on
+            monkeypatch.setattr(wire, "_pass_on", lambda: (pass_on(), second.cancel()))
             began_s = time.monotonic()
             await asyncio.wait([first, second, third])
             assert time.monotonic() - began_s < TURN_S, "the third did not wait for a turn to run out"

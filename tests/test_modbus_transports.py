@@ -600,9 +600,11 @@ async def test_half_an_answer_is_not_completed_by_another_units() -> None:
 
         made.behave[9] = half
         url = f"tcp://127.0.0.1:{made.port}"
-        async with drivers(config(url), config(url, unit=9)) as (well, mean):
+        async with drivers(config(url), config(url, unit=9, timeout="1s")) as (well, mean):
             await scanned(well)
+            began_s = time.monotonic()
             scans = [asyncio.create_task(scanned(driver)) for driver in (mean, well)]
             await asyncio.wait(scans)
             assert isinstance(scans[0].exception(), DeviceError)
             assert scans[1].result().values["n"] in (2, 3)
+            assert time.monotonic() - began_s < 2.5
