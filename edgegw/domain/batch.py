@@ -30,6 +30,7 @@ class Batch(msgspec.Struct, frozen=True, gc=False):
     `packed` is one zstd frame of the JSON bytes, `digest` their SHA-256, `size` their length.
     """
 
+    stream: str
     seq: int
     count: int
     kind: Kind
@@ -63,10 +64,15 @@ _decoder = msgspec.json.Decoder(Message)
 
 def head(gateway: str, stream: str, seq: int, count: int, kind: Kind, prev: bytes, clock: str) -> bytes:
     """Return the JSON bytes that stand before a batch's first record."""
+    named = names(stream, seq, count, kind).decode()
     return (
-        f'{{"v":1,"gateway":"{gateway}","stream":"{stream}","seq":{seq},"count":{count},"kind":"{kind.value}",'
-        f'"prev":"{prev.hex()}","clock":"{clock}","records":['
-    ).encode()
+        f'{{"v":1,"gateway":"{gateway}",{named}"prev":"{prev.hex()}","clock":"{clock}","records":['.encode()
+    )
+
+
+def names(stream: str, seq: int, count: int, kind: Kind) -> bytes:
+    """Return the part of a batch's head that says which batch it is."""
+    return f'"stream":"{stream}","seq":{seq},"count":{count},"kind":"{kind.value}",'.encode()
 
 
 TAIL = b"]}"

@@ -8,7 +8,7 @@ import zstandard
 
 from edgegw.domain import batch as batches
 from edgegw.domain.batch import Batch, Kind
-from edgegw.domain.quality import TOO_LARGE
+from edgegw.domain.quality import BAD_TEXT, TOO_LARGE
 from edgegw.domain.record import Event, Record, Scan, wire
 from edgegw.domain.tag import Value
 
@@ -28,7 +28,7 @@ def group(records: Iterable[Record], max_message: int) -> list[Group]:
     """Encode records and group them into batches of at most `max_message` bytes of JSON.
 
     Events come first, then data, each in their order. A scan too large for a message is split; a single value
-    too large for one is left out and marked so.
+    too large for one, or that JSON cannot hold, is left out and marked so.
     """
     limit = max_message - batches.HEAD_ROOM
     events: list[Record] = []
@@ -41,10 +41,11 @@ def group(records: Iterable[Record], max_message: int) -> list[Group]:
 def _pack(kind: Kind, records: list[Record], limit: int) -> Iterator[Group]:
     parts: list[bytes] = []
     size = ts = 0
-    encode = _encoder.encode
     for record in records:
-        whole = encode(wire(record))
-        for part_ts, part in _shrunk(record, limit) if len(whole) >= limit else ((record.ts, whole),):
+        whole = _encode(record)
+        for part_ts, part in (
+            ((record.ts, whole),) if whole and len(whole) < limit else _shrunk(record, limit)
+        ):
             if size + len(part) + 1 > limit and parts:
                 yield Group(kind, ts, parts, size)
                 parts, size, ts = [], 0, 0
@@ -56,34 +57,40 @@ def _pack(kind: Kind, records: list[Record], limit: int) -> Iterator[Group]:
         yield Group(kind, ts, parts, size)
 
 
+def _encode(record: Record) -> bytes | None:
+    """Return the record's JSON, None if it holds something that JSON cannot, such as half a surrogate pair."""
+    try:
+        return _encoder.encode(wire(record))
+    except (TypeError, ValueError):
+        return None
+
+
 def _shrunk(record: Record, limit: int) -> list[tuple[int, bytes]]:
-    """Encode a record that is too large for a message as several that are not."""
+    """Encode a record that a message cannot take as it is, as several that it can."""
     if isinstance(record, Scan):
-        return [(scan.ts, _encoder.encode(scan)) for scan in _split(record, limit)]
+        return [(record.ts, part) for part in _split(record, limit)]
     note = {
         "ts": record.ts,
         "event": getattr(record, "event", "config"),
-        "error": "too large for a message and left out",
+        "error": "left out: too large for a message, or nothing that JSON can hold",
     }
     return [(record.ts, _encoder.encode(note))]
 
 
-def _split(scan: Scan, limit: int) -> Iterator[Scan]:
-    quality = scan.quality or {}
-    if len(scan.values) == 1:
+def _split(scan: Scan, limit: int) -> Iterator[bytes]:
+    encoded = _encode(scan)
+    if encoded and len(encoded) < limit:
+        yield encoded
+    elif len(scan.values) == 1:
         (tag,) = scan.values
-        fits = len(_encoder.encode(scan)) < limit
-        yield scan if fits else msgspec.structs.replace(scan, values={tag: None}, quality={tag: TOO_LARGE})
-        return
-    items: list[tuple[str, Value]] = list(scan.values.items())
-    for half in (items[: len(items) // 2], items[len(items) // 2 :]):
-        part = Scan(
-            scan.ts, scan.device, dict(half), {tag: quality[tag] for tag, _ in half if tag in quality} or None
-        )
-        if len(_encoder.encode(part)) < limit:
-            yield part
-        else:
-            yield from _split(part, limit)
+        why = TOO_LARGE if encoded else BAD_TEXT
+        yield _encoder.encode(msgspec.structs.replace(scan, values={tag: None}, quality={tag: why}))
+    else:
+        items: list[tuple[str, Value]] = list(scan.values.items())
+        quality = scan.quality or {}
+        for half in (items[: len(items) // 2], items[len(items) // 2 :]):
+            bad = {tag: quality[tag] for tag, _ in half if tag in quality}
+            yield from _split(Scan(scan.ts, scan.device, dict(half), bad or None), limit)
 
 
 class Sealer:
@@ -103,7 +110,7 @@ class Sealer:
         body = b"".join((head, b",".join(made.records), batches.TAIL))
         self.digest = batches.digest(body)
         self.head += count
-        return Batch(seq, count, made.kind, self.digest, len(body), self._compress(body)), body
+        return Batch(self._stream, seq, count, made.kind, self.digest, len(body), self._compress(body)), body
 
     def skip(self, count: int) -> tuple[int, int]:
         """Pass over seqs whose records are lost; return the first and the last of them."""

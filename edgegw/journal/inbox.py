@@ -6,7 +6,6 @@ from collections import deque
 from typing import NamedTuple
 
 from edgegw.domain.record import Event, Record, Scan
-from edgegw.journal.store import Stored
 
 READINGS = 500_000
 """Readings that may wait before new ones are lost: about 40 MB."""
@@ -21,19 +20,28 @@ class Lost:
         self.count = 0
 
 
+class Damage(NamedTuple):
+    """Records that a reader found damaged or missing; without bounds, it is the file that cannot be read."""
+
+    stream: str
+    detail: str
+    first: int = 0
+    last: int = 0
+
+
 class Taken(NamedTuple):
-    """What the writer takes at one turn: records and losses in order, and what else it was asked to do."""
+    """What the writer takes at one turn: records and losses in order, and what else it was told."""
 
     items: list[Record | Lost]
     flushes: list[asyncio.Future[None]]
-    condemned: list[Stored]
+    damages: list[Damage]
 
 
 class Inbox:
     """Filled on the event loop's thread, emptied by the writer's."""
 
     def __init__(self) -> None:
-        self._items: deque[Record | Lost | Stored | asyncio.Future[None]] = deque()
+        self._items: deque[Record | Lost | Damage | asyncio.Future[None]] = deque()
         self._put = self._got = 0
         self._losing: Lost | None = None
         self._lock = threading.Lock()
@@ -55,9 +63,9 @@ class Inbox:
         self._put += weight
         self._items.append(record)
 
-    def ask(self, wish: Stored | asyncio.Future[None]) -> None:
-        """Ask for a flush (a future, resolved when all before it is durable) or condemn a damaged batch."""
-        self._items.append(wish)
+    def tell(self, what: Damage | asyncio.Future[None]) -> None:
+        """Ask for a flush (a future, resolved when all before it is durable), or tell of damage."""
+        self._items.append(what)
 
     def take(self) -> Taken:
         """Empty the inbox."""
@@ -65,8 +73,8 @@ class Inbox:
         weight = 0
         while self._items:
             item = self._items.popleft()
-            if isinstance(item, Stored):
-                taken.condemned.append(item)
+            if isinstance(item, Damage):
+                taken.damages.append(item)
             elif isinstance(item, asyncio.Future):
                 taken.flushes.append(item)
             else:

@@ -9,17 +9,20 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
+
+import msgspec
 
 from edgegw.config.schema import Journal as JournalConfig
 from edgegw.domain.batch import Batch
 from edgegw.domain.ranges import Ranges
 from edgegw.domain.record import Record
 from edgegw.errors import JournalDamaged, JournalError
-from edgegw.journal.inbox import Inbox
+from edgegw.journal.inbox import Damage, Inbox
 from edgegw.journal.settled import Settled
-from edgegw.journal.store import Reader, Stored, size_bytes, unpack
+from edgegw.journal.store import Reader, size_bytes, unpack
 from edgegw.journal.writer import Committed, Writer
 
 log = logging.getLogger(__name__)
@@ -91,13 +94,13 @@ class Journal:
     async def flush(self) -> None:
         """Return when all that was appended so far is durable."""
         done: asyncio.Future[None] = self._loop.create_future()
-        self._inbox.ask(done)
+        self._inbox.tell(done)
         self._wake.set()
         await done
 
     def acknowledge(self, batch: Batch) -> None:
         """Note that the upstream has a batch."""
-        self._settled.acknowledge(batch.seq, batch.last)
+        self._settled.acknowledge(batch)
 
     def settled(self) -> Ranges:
         """Return what needs no sending any more: acknowledged, or gone and named in a gap."""
@@ -106,7 +109,8 @@ class Journal:
     async def read(self, first: int, last: int, limit: int) -> Found:
         """Return up to `limit` batches of `first` to `last`, each checked.
 
-        A batch whose bytes are not what was once written comes without them, and is named in a gap event.
+        A batch whose bytes are not what was once written comes without them, and is named in a gap event, as is
+        a hole that nothing accounts for.
         """
         return await self._loop.run_in_executor(self._readers, self._read, first, last, limit)
 
@@ -128,12 +132,14 @@ class Journal:
 
     async def close(self, timeout_s: float = 10.0) -> bool:
         """Commit what is left and close the file; tell whether all of it became durable."""
-        self._readers.shutdown(wait=True, cancel_futures=True)
-        if self._reader is not None:
-            self._reader.close()
         self._closing = True
         self._wake.set()
-        await asyncio.to_thread(self._thread.join, timeout_s)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):  # a disk that hangs holds readers, too
+                await self._loop.run_in_executor(self._readers, self._close_reader)
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        if self._thread.ident is not None:
+            await asyncio.to_thread(self._thread.join, timeout_s)
         return not self._thread.is_alive() and not self._writer.behind and not self._inbox
 
     def _write(self) -> None:
@@ -161,11 +167,15 @@ class Journal:
     def _open_reader(self) -> Reader:
         """Return the reading connection, a new one when a new stream has begun."""
         if self._reader is not None and self._reader.stream != self.stream:
-            self._reader.close()
-            self._reader = None
+            self._close_reader()
         if self._reader is None:
             self._reader = Reader(self.path)
         return self._reader
+
+    def _close_reader(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
 
     def _oldest_ts(self, first: int, last: int) -> int | None:
         try:
@@ -174,14 +184,30 @@ class Journal:
             return None  # the writer's own error is shown
 
     def _read(self, first: int, last: int, limit: int) -> Found:
-        batches = self._open_reader().batches(first, last, limit=limit, max_bytes=READ_BYTES)
+        reader = self._open_reader()
+        try:
+            batches = reader.batches(first, last, limit=limit, max_bytes=READ_BYTES)
+        except JournalDamaged as error:
+            self._inbox.tell(Damage(reader.stream, str(error)))
+            raise
+        settled = self._settled.copy()
         found: list[tuple[Batch, bytes | None]] = []
+        following = first
         for batch in batches:
+            self._doubt(reader.stream, settled, following, batch.seq - 1)
             try:
                 found.append((batch, unpack(batch)))
             except JournalDamaged as error:
-                log.error("journal: %s; it is left out and named in a gap event", error)
-                self._inbox.ask(Stored(batch.seq, batch.last, 0, batch.digest, len(batch.packed)))
+                batch = msgspec.structs.replace(batch, count=1)  # where it ends is the writer's to find out
+                self._inbox.tell(Damage(batch.stream, str(error), batch.seq, batch.seq))
                 found.append((batch, None))
-        whole = len(batches) < limit and sum(batch.size for batch in batches) < READ_BYTES
-        return Found(found, last if whole else batches[-1].last)
+            following = batch.last + 1
+        if len(batches) == limit or sum(batch.size for batch in batches) >= READ_BYTES:
+            return Found(found, following - 1)
+        self._doubt(reader.stream, settled, following, last)
+        return Found(found, last)
+
+    def _doubt(self, stream: str, settled: Ranges, first: int, last: int) -> None:
+        """Tell the writer of a hole, unless what stood there was settled; it may know better meanwhile."""
+        if first <= last and not settled.covers(first, last):
+            self._inbox.tell(Damage(stream, f"records {first} to {last} are not there", first, last))

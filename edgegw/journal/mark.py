@@ -1,24 +1,26 @@
 """The mark beside the journal: how far it is known to have come, so that an older copy gives itself away.
 
-One short line of JSON, rewritten in place after every commit and forced to the disk with every checkpoint.
-It never runs ahead of what is durable in the journal.
+One short line of JSON with its CRC-32, within one sector, rewritten in place after every commit and forced to
+the disk with every checkpoint. It never runs ahead of what is durable in the journal.
 """
 
 import os
+import zlib
 from pathlib import Path
 
 import msgspec
 
 from edgegw.errors import JournalError
 
-_WIDTH = 120
+_WIDTH = 200
 
 
 class Mark(msgspec.Struct, frozen=True):
-    """The stream, the last seq known durable, and whether the journal was closed in order."""
+    """The stream, its last durable seq, the hex hash of that batch, and whether it was closed in order."""
 
     stream: str
     head: int
+    digest: str
     clean: bool
 
 
@@ -30,15 +32,19 @@ class MarkFile:
         self._written = b""
 
     def read(self) -> Mark | None:
-        """Return the mark, None if there is none or it cannot be read as one."""
+        """Return the mark, None if there is none or it is not as it was written."""
         try:
-            return msgspec.json.decode(self.path.read_bytes(), type=Mark)
+            line = self.path.read_bytes()
+            if line[_WIDTH:] != _sum(line[:_WIDTH]):
+                return None
+            return msgspec.json.decode(line[:_WIDTH], type=Mark)
         except (OSError, msgspec.DecodeError):
             return None
 
     def write(self, mark: Mark, *, sync: bool) -> None:
         """Write the mark in place; raise JournalError."""
-        line = msgspec.json.encode(mark).ljust(_WIDTH) + b"\n"
+        line = msgspec.json.encode(mark).ljust(_WIDTH)
+        line += _sum(line)
         if line == self._written and not sync:
             return
         try:
@@ -55,12 +61,6 @@ class MarkFile:
             ) from error
         self._written = line
 
-    def remove(self) -> None:
-        """Take the mark away; raise JournalError."""
-        try:
-            self.path.unlink(missing_ok=True)
-        except OSError as error:
-            raise JournalError(
-                f"journal's mark {self.path}: {(error.strerror or str(error)).lower()}"
-            ) from error
-        self._written = b""
+
+def _sum(line: bytes) -> bytes:
+    return b"%08x\n" % zlib.crc32(line)

@@ -1,30 +1,35 @@
 """Decides which batches go, and which of those are a loss."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from edgegw.domain.ranges import Ranges
+from edgegw.domain.record import Event
 from edgegw.journal.store import Stored
 
 
 class Loss(NamedTuple):
-    """Records that nobody upstream has and that go all the same; `digest` is the last batch's."""
+    """Records that nobody upstream has and that go all the same.
+
+    `digest` is the last batch's, `batches` are the seqs that each began and ended with, as far as known.
+    """
 
     first: int
     last: int
     digest: bytes
-    batches: int
+    batches: list[tuple[int, int]]
+    reason: str
 
 
 class Doom(NamedTuple):
-    """Batches to delete, as ranges of seqs, which of them are a loss, and what it gives back."""
+    """Batches to delete, as ranges of seqs, which of them are a loss, and what of other streams to name again."""
 
     ranges: list[tuple[int, int]]
     lost: list[Loss]
-    bytes: int
+    again: Sequence[Event] = ()
 
 
-NOTHING = Doom([], [], 0)
+NOTHING = Doom([], [])
 
 
 def expired(oldest: Iterable[Stored], settled: Ranges, before_ms: int) -> Doom:
@@ -52,23 +57,26 @@ def make_room(oldest: Iterable[Stored], settled: Ranges, need_bytes: int) -> Doo
     return _doom(sorted(doomed), settled)
 
 
+def joined(lost: Iterable[Loss]) -> list[Loss]:
+    """Join losses that follow on each other, so that one gap event names them."""
+    joint: list[Loss] = []
+    for loss in sorted(lost):
+        if joint and loss.first <= joint[-1].last + 1:
+            loss = loss._replace(first=joint[-1].first, batches=joint[-1].batches + loss.batches)
+            joint.pop()
+        joint.append(loss)
+    return joint
+
+
 def _doom(doomed: list[Stored], settled: Ranges) -> Doom:
     ranges: list[tuple[int, int]] = []
     lost: list[Loss] = []
     for stored in doomed:
+        batch = (stored.first, stored.last)
         if ranges and ranges[-1][1] == stored.first - 1:
             ranges[-1] = (ranges[-1][0], stored.last)
         else:
-            ranges.append((stored.first, stored.last))
-        if settled.covers(stored.first, stored.last):
-            continue
-        if lost and lost[-1].last == stored.first - 1:
-            lost[-1] = Loss(lost[-1].first, stored.last, stored.digest, lost[-1].batches + 1)
-        else:
-            lost.append(Loss(stored.first, stored.last, stored.digest, 1))
-    return Doom(ranges, lost, sum(stored.bytes for stored in doomed))
-
-
-def condemn(damaged: Iterable[Stored]) -> Doom:
-    """Give up batches whose bytes are not what was once written, whether or not they were sent."""
-    return _doom(sorted(damaged), Ranges())
+            ranges.append(batch)
+        if not settled.covers(*batch):
+            lost.append(Loss(*batch, stored.digest, [batch], "full"))
+    return Doom(ranges, joined(lost))

@@ -15,5 +15,6 @@ CREATE TABLE batch (
 ) STRICT;
 CREATE TABLE acked (
     first INTEGER PRIMARY KEY,
-    last INTEGER NOT NULL
+    last INTEGER NOT NULL,
+    sum INTEGER NOT NULL         -- CRC-32 of both: a wrong range would hide batches that nobody has
 ) STRICT;

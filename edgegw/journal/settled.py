@@ -1,7 +1,9 @@
 """What needs no sending any more: acknowledged by the upstream, or gone and named in a gap."""
 
 import threading
+from collections.abc import Iterable
 
+from edgegw.domain.batch import Batch
 from edgegw.domain.ranges import Ranges
 
 
@@ -11,22 +13,23 @@ class Settled:
     def __init__(self) -> None:
         self.pending_batches = 0
         self.dirty = False
+        self._stream = ""
         self._ranges = Ranges()
         self._lock = threading.Lock()
 
-    def acknowledge(self, first: int, last: int) -> None:
-        """Note that the upstream has a batch."""
+    def acknowledge(self, batch: Batch) -> None:
+        """Note that the upstream has a batch; one of an earlier stream settles nothing in this one."""
         with self._lock:
-            if not self._ranges.covers(first, last):
-                self._ranges.add(first, last)
+            if batch.stream == self._stream and not self._ranges.covers(batch.seq, batch.last):
+                self._ranges.add(batch.seq, batch.last)
                 self.pending_batches -= 1
                 self.dirty = True
 
-    def gone(self, first: int, last: int, pending: int) -> None:
-        """Note that seqs are gone for good, and with them `pending` batches that nobody upstream has."""
+    def gone(self, first: int, last: int, batches: Iterable[tuple[int, int]]) -> None:
+        """Note that seqs are gone for good, and with them these batches."""
         with self._lock:
+            self.pending_batches -= sum(not self._ranges.covers(*batch) for batch in batches)
             self._ranges.add(first, last)
-            self.pending_batches -= pending
             self.dirty = True
 
     def appended(self, batches: int) -> None:
@@ -34,9 +37,10 @@ class Settled:
         with self._lock:
             self.pending_batches += batches
 
-    def begin(self, ranges: Ranges, pending_batches: int) -> None:
+    def begin(self, stream: str, ranges: Ranges, pending_batches: int) -> None:
         """Start from what a journal says of itself."""
         with self._lock:
+            self._stream = stream
             self._ranges = ranges
             self.pending_batches = pending_batches
 

@@ -7,7 +7,9 @@ older versions can corrupt a WAL database that has two connections.
 
 import hashlib
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -15,13 +17,16 @@ from typing import Any, NamedTuple, Self
 import apsw
 import zstandard
 
-from edgegw.domain.batch import GENESIS, Batch, Kind
+from edgegw.domain.batch import GENESIS, HEAD_ROOM, Batch, Kind, names
 from edgegw.domain.ranges import Ranges
 from edgegw.errors import JournalDamaged, JournalError
 
 APPLICATION_ID = 0x65646777  # "edgw"
 VERSION = 1
 PAGE = 4096
+OPEN_WAIT_MS = 5_000
+CHECKPOINT_WAIT_MS = 100
+"""How long the writer waits for readers to go: not long, for the records that come in meanwhile wait, too."""
 
 Row = tuple[int, int, str, int, bytes, int, bytes]
 """seq, count, kind, ts, digest, size, packed: the columns of `batch`."""
@@ -53,13 +58,26 @@ class Store:
         self._max_pages = (max_bytes - self.wal_bytes) // PAGE
         self._db: apsw.Connection | None = None
         self.stream = ""
-        self.created = False
 
     def open(self, now_ms: int, *, check: bool) -> Self:
-        """Open the file, or make one with a new stream; `check` looks through the b-trees first."""
+        """Open the file, or make one with a new stream; `check` looks through the b-trees first.
+
+        What cannot be opened is closed again before the error goes on: SQLite unlinks a WAL by its name when the
+        last connection to a file goes, and a name may by then belong to the file that took its place.
+        """
+        try:
+            self._prepare(now_ms, check)
+        except JournalError:
+            with suppress(JournalError):
+                self.close()
+            raise
+        return self
+
+    def _prepare(self, now_ms: int, check: bool) -> None:
         with _mapped(self.path, "open"):
+            self.path.touch(0o640)
             db = self._db = apsw.Connection(str(self.path))
-            db.set_busy_timeout(5_000)
+            db.set_busy_timeout(OPEN_WAIT_MS)
             db.pragma("page_size", PAGE)
             db.pragma("journal_mode", "wal")
             db.pragma("synchronous", "FULL")
@@ -74,8 +92,8 @@ class Store:
             elif check and (found := db.pragma("quick_check")) != "ok":
                 raise JournalDamaged(f"journal {self.path}: {found}")
             db.pragma("max_page_count", self._max_pages)
-            self.stream = str(db.execute("SELECT id FROM stream").get)
-        return self
+            self.stream = _stream(db, self.path)
+            db.set_busy_timeout(CHECKPOINT_WAIT_MS)
 
     def _create(self, db: apsw.Connection, now_ms: int) -> None:
         with db:
@@ -83,7 +101,6 @@ class Store:
             db.execute("INSERT INTO stream VALUES (?, ?)", (str(uuid.uuid4()), now_ms))
             db.pragma("application_id", APPLICATION_ID)
             db.pragma("user_version", VERSION)
-        self.created = True
 
     def close(self) -> None:
         """Checkpoint what is left and close; a connection that is beyond that is dropped."""
@@ -91,7 +108,8 @@ class Store:
         if db is not None:
             with _mapped(self.path, "close"):
                 try:
-                    db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+                    with suppress(apsw.BusyError):  # a reader is there: the WAL stays as it is
+                        db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
                 finally:
                     db.close(True)
 
@@ -101,10 +119,31 @@ class Store:
             raise JournalError(f"journal {self.path}: not open")
         return self._db
 
-    def tip(self) -> Tip:
-        """Return where the journal ends."""
+    def newest(self) -> Batch | None:
+        """Return the newest batch, None if there is none yet."""
         with _mapped(self.path, "read"):
-            return _tip(self._open)
+            return _newest(self._open, self.stream)
+
+    def following(self, seq: int) -> Batch | None:
+        """Return the first batch that begins after `seq`, None if there is none."""
+        with _mapped(self.path, "read"):
+            found = _batches(self._open, self.stream, "seq > ? ORDER BY seq LIMIT 1", (seq,))
+        return found[0] if found else None
+
+    def events(self, first: int, last: int) -> list[Batch]:
+        """Return the batches of events that begin within `first` to `last`."""
+        with _mapped(self.path, "read"):
+            where = "seq BETWEEN ? AND ? AND kind = 'event' ORDER BY seq"
+            return _batches(self._open, self.stream, where, (first, last))
+
+    def last_digest(self, first: int, last: int) -> bytes:
+        """Return the hash that the last row within `first` to `last` holds, whether or not its bytes give it."""
+        with _mapped(self.path, "read"):
+            found: Any = self._open.execute(
+                "SELECT CAST(digest AS BLOB) FROM batch WHERE seq BETWEEN ? AND ? ORDER BY seq DESC LIMIT 1",
+                (first, last),
+            ).get
+        return found or GENESIS
 
     def acked(self) -> Ranges:
         """Return what was settled when it was last written down."""
@@ -125,7 +164,8 @@ class Store:
                 db.executemany("INSERT INTO batch VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
                 if acked is not None:
                     db.execute("DELETE FROM acked")
-                    db.executemany("INSERT INTO acked VALUES (?, ?)", list(acked))
+                    rows_acked = ((first, last, _sum(first, last)) for first, last in acked)
+                    db.executemany("INSERT INTO acked VALUES (?, ?, ?)", rows_acked)
 
     def checkpoint(self, *, force: bool = False) -> bool:
         """Move the WAL into the database once it has grown to a quarter of its share; tell whether it did."""
@@ -146,22 +186,21 @@ class Store:
             return (self._max_pages - int(db.pragma("page_count")) + int(db.pragma("freelist_count"))) * PAGE
 
     def oldest(self, first: int, last: int, limit: int) -> list[Stored]:
-        """Return the oldest batches that begin within `first` to `last`, never the newest of all."""
+        """Return the oldest batches that begin within `first` to `last`, never the newest of all.
+
+        Whatever a row says of its count, a batch ends before the next begins.
+        """
         with _mapped(self.path, "read"):
             rows: Any = self._open.execute(
-                "SELECT seq, seq + count - 1, ts, digest, length(packed) FROM batch"
+                "SELECT seq, min(seq + CAST(count AS INTEGER),"
+                " (SELECT min(seq) FROM batch AS later WHERE later.seq > batch.seq)) - 1,"
+                " CAST(ts AS INTEGER), CAST(digest AS BLOB), length(packed) FROM batch"
                 " WHERE seq BETWEEN ? AND ? AND seq < (SELECT max(seq) FROM batch) ORDER BY seq LIMIT ?",
                 (first, last, limit),
             ).fetchall()
+        if any(None in row for row in rows):
+            raise JournalDamaged(f"journal {self.path}: a row within {first} to {last} is not whole")
         return [Stored(*row) for row in rows]
-
-    def batch(self, seq: int) -> Stored | None:
-        """Return what is known of the batch that begins with `seq`."""
-        with _mapped(self.path, "read"):
-            row: Any = self._open.execute(
-                "SELECT seq, seq + count - 1, ts, digest, length(packed) FROM batch WHERE seq = ?", (seq,)
-            ).fetchone()
-        return Stored(*row) if row else None
 
     def pending_batches(self, settled: Ranges, head: int) -> int:
         """Count the batches that are not settled."""
@@ -180,10 +219,14 @@ class Reader:
         self.path = path
         with _mapped(path, "open"):
             self._db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
-            self._db.set_busy_timeout(5_000)
-            if self._db.pragma("application_id") != APPLICATION_ID:
-                raise JournalDamaged(f"journal {path}: not a journal; expected one that edgegw made")
-            self.stream = str(self._db.execute("SELECT id FROM stream").get)
+            try:
+                self._db.set_busy_timeout(OPEN_WAIT_MS)
+                if self._db.pragma("application_id") != APPLICATION_ID:
+                    raise JournalDamaged(f"journal {path}: not a journal; expected one that edgegw made")
+                self.stream = _stream(self._db, path)
+            except Exception:
+                self._db.close(True)
+                raise
 
     def close(self) -> None:
         """Close the connection."""
@@ -192,7 +235,8 @@ class Reader:
     def tip(self) -> Tip:
         """Return where the journal ends."""
         with _mapped(self.path, "read"):
-            return _tip(self._db)
+            newest = _newest(self._db, self.stream)
+        return Tip(newest.last, newest.digest) if newest else Tip(0, GENESIS)
 
     def acked(self) -> Ranges:
         """Return what was settled when it was last written down."""
@@ -204,21 +248,14 @@ class Reader:
 
         At most `limit` of them, and no more once they come to `max_bytes` of JSON.
         """
-        found: list[Batch] = []
         with _mapped(self.path, "read"):
-            rows: Any = self._db.execute(
-                "SELECT seq, count, kind, digest, size, packed FROM batch"
-                " WHERE seq BETWEEN ? AND ? ORDER BY seq LIMIT ?",
+            return _batches(
+                self._db,
+                self.stream,
+                "seq BETWEEN ? AND ? ORDER BY seq LIMIT ?",
                 (first, last, limit),
+                max_bytes,
             )
-            total = 0
-            for seq, count, kind, digest, size, packed in rows:
-                found.append(Batch(seq, count, Kind(kind), digest, size, packed))
-                total += size
-                if total >= max_bytes:
-                    break
-            rows.close(True)
-        return found
 
     def newest(self, limit: int) -> list[Batch]:
         """Return the newest batches, oldest first."""
@@ -256,14 +293,61 @@ class Reader:
         return row[0] if row else None
 
 
-def _tip(db: apsw.Connection) -> Tip:
-    row: Any = db.execute("SELECT seq + count - 1, digest FROM batch ORDER BY seq DESC LIMIT 1").fetchone()
-    return Tip(*row) if row else Tip(0, GENESIS)
+def _stream(db: apsw.Connection, path: Path) -> str:
+    try:
+        return str(uuid.UUID(db.execute("SELECT id FROM stream").get))
+    except (ValueError, AttributeError, TypeError):
+        raise JournalDamaged(f"journal {path}: it does not say which stream it holds") from None
+
+
+def _newest(db: apsw.Connection, stream: str) -> Batch | None:
+    found = _batches(db, stream, "true ORDER BY seq DESC LIMIT 1", ())
+    return found[0] if found else None
+
+
+def _batches(
+    db: apsw.Connection, stream: str, where: str, values: tuple[int, ...], max_bytes: int = 1 << 62
+) -> list[Batch]:
+    """Return the batches that an SQL condition selects, no more once they come to `max_bytes` of JSON."""
+    rows: Any = db.execute(
+        "SELECT seq, CAST(count AS INTEGER), CAST(kind AS BLOB), CAST(digest AS BLOB), CAST(size AS INTEGER),"
+        f" CAST(packed AS BLOB) FROM batch WHERE {where}",
+        values,
+    )
+    found: list[Batch] = []
+    total = 0
+    try:
+        for row in rows:
+            found.append(_batch(stream, *row))
+            total += found[-1].size
+            if total >= max_bytes:
+                break
+    finally:
+        rows.close(True)  # ends the SELECT: while one is open the WAL cannot be emptied
+    return found
+
+
+_KINDS = {kind.value.encode(): kind for kind in Kind}
+
+
+def _batch(
+    stream: str, seq: int, count: int | None, kind: bytes | None, digest: bytes | None, size: int | None,
+    packed: bytes | None,
+) -> Batch:  # fmt: skip
+    """Take a row for a batch; one whose columns cannot be a batch's has no bytes, and so fails its check."""
+    if not count or count < 0 or kind not in _KINDS or digest is None or size is None or packed is None:
+        return Batch(stream, seq, 1, Kind.DATA, b"", 0, b"")
+    return Batch(stream, seq, count, _KINDS[kind], digest, size, packed)
 
 
 def _acked(db: apsw.Connection) -> Ranges:
-    rows: Any = db.execute("SELECT first, last FROM acked ORDER BY first").fetchall()
-    return Ranges(rows)
+    """Return what was settled; a range that is not as it was written is left out, which costs a repeat."""
+    rows: Any = db.execute("SELECT first, CAST(last AS INTEGER), CAST(sum AS INTEGER) FROM acked").fetchall()
+    return Ranges((first, last) for first, last, found in rows if found == _sum(first, last))
+
+
+def _sum(first: int, last: int) -> int:
+    return zlib.crc32(b"%d-%d" % (first, last or 0))
 
 
 class Figures(NamedTuple):
@@ -278,13 +362,17 @@ class Figures(NamedTuple):
 
 
 def unpack(batch: Batch) -> bytes:
-    """Return a batch's JSON bytes; raise JournalDamaged if they are not what was once written."""
+    """Return a batch's JSON bytes; raise JournalDamaged if these or its figures are not what was once written."""
     try:
-        body = zstandard.ZstdDecompressor().decompress(batch.packed, max_output_size=batch.size)
+        if zstandard.frame_content_size(batch.packed) != batch.size:  # before so much memory is asked for
+            raise JournalDamaged(f"batch {batch.seq}: its bytes do not give its size")
+        body = zstandard.ZstdDecompressor().decompress(batch.packed)
     except zstandard.ZstdError as error:
         raise JournalDamaged(f"batch {batch.seq}: {error}") from None
     if hashlib.sha256(body).digest() != batch.digest:
         raise JournalDamaged(f"batch {batch.seq}: its bytes do not give its hash")
+    if names(batch.stream, batch.seq, batch.count, batch.kind) not in body[:HEAD_ROOM]:
+        raise JournalDamaged(f"batch {batch.seq}: its row does not say what its bytes say")
     return body
 
 
@@ -310,6 +398,13 @@ def _wal(path: Path) -> Path:
     return path.with_name(path.name + "-wal")
 
 
+_DAMAGE = (
+    apsw.CorruptError, apsw.NotADBError, apsw.FormatError,
+    apsw.SQLError, apsw.ConstraintError,  # our SQL and our numbers are right: the schema or the b-tree is not
+    UnicodeDecodeError,
+)  # fmt: skip
+
+
 class _mapped:  # noqa: N801  reads as a statement
     """Turns SQLite's errors into the journal's, with the file and what was tried."""
 
@@ -323,7 +418,7 @@ class _mapped:  # noqa: N801  reads as a statement
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, apsw.CorruptError | apsw.NotADBError | apsw.FormatError):
+        if isinstance(error, _DAMAGE):
             raise JournalDamaged(f"journal {self.path}: {self.what}: {error}") from error
         if isinstance(error, apsw.Error | OSError):
             raise JournalError(
@@ -361,4 +456,4 @@ def walk(reader: Reader, first: int = 1, *, step: int = 64) -> Iterator[Batch]:
     """Yield every batch from `first` on, a few at a time so that no SELECT stays open."""
     while batches := reader.batches(first, 1 << 62, limit=step):
         yield from batches
-        first = batches[-1].last + 1
+        first = batches[-1].seq + 1

@@ -12,27 +12,33 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from edgegw import clock
 from edgegw.config.schema import Journal as JournalConfig
-from edgegw.domain.batch import Batch
+from edgegw.domain.batch import GENESIS, Batch
+from edgegw.domain.batch import decode as decode_batch
 from edgegw.domain.ranges import Ranges
 from edgegw.domain.record import Event, Record
 from edgegw.errors import JournalDamaged, JournalError
 from edgegw.journal import retention
 from edgegw.journal.encode import Group, Sealer, group
-from edgegw.journal.inbox import Inbox, Lost
+from edgegw.journal.inbox import Damage, Inbox, Lost
 from edgegw.journal.mark import Mark, MarkFile
+from edgegw.journal.retention import Doom, Loss
 from edgegw.journal.settled import Settled
-from edgegw.journal.store import PAGE, Reader, Store, Stored, set_aside
+from edgegw.journal.store import PAGE, Reader, Store, Stored, Tip, set_aside, unpack
 
 log = logging.getLogger(__name__)
 
 WAITING_BYTES = 16 * 1024**2
 """Encoded records that may wait for the disk."""
 TRANSACTION_BYTES = 2 * 1024**2
-"""Encoded records in one transaction, so that the WAL stays within its share."""
+"""Encoded records in one transaction, at most; less where half the WAL's share is less."""
 ROW_BYTES = 160
 """What a batch takes beside its body."""
+SLACK_BYTES = 16 * PAGE
+"""What is kept free for the events that name what went, and for what is settled."""
 ACKED_EVERY_S = 10.0
 """How often what is settled is written down: each time costs a page, and a loss only means sending again."""
 PRUNE_EVERY_S = 10.0
@@ -51,8 +57,24 @@ class _Sealed(NamedTuple):
     batch: Batch
     body: bytes
     ts: int
-    gap: retention.Loss | None
-    """What a gap event names, so that it counts as settled once the event is durable."""
+
+
+class _Unsure(NamedTuple):
+    """A transaction under way: if it seems to fail, it may still be found on the disk.
+
+    `gaps` are what its gap events name, which is settled once they are durable.
+    """
+
+    sealed: list[_Sealed]
+    gaps: list[Loss]
+    rest: list[Group | Lost]
+
+
+class _Left(NamedTuple):
+    """What an earlier stream left: where it ended, and what of it needs no sending."""
+
+    head: int
+    settled: Ranges
 
 
 Tell = Callable[[Committed | None, list[asyncio.Future[None]]], None]
@@ -78,8 +100,10 @@ class Writer:
         self._mark = MarkFile(path)
         self._store: Store | None = None
         self._sealer: Sealer | None = None
+        self._opening: list[Group] = []
         self._waiting: list[Group | Lost] = []
-        self._rest: list[Group | Lost] = []
+        self._damages: list[Damage] = []
+        self._unsure: _Unsure | None = None
         self._flushes: list[asyncio.Future[None]] = []
         self._acked_at = self._pruned_at = clock.mono_s()
         self._failures = 0
@@ -109,7 +133,7 @@ class Writer:
         try:
             if store is not None:
                 store.close()
-                self._write_mark(clean=True, sync=True)
+                self._write_mark(clean=not self._damages, sync=True)
         except JournalError as error:
             log.error("%s; while closing", error)
 
@@ -125,6 +149,10 @@ class Writer:
                 step()
         except JournalError as error:
             self._failed(error)
+        except Exception as error:  # the thread's edge: without the writer nothing would be kept any more
+            if not self._failures:
+                log.exception("journal: crashed")
+            self._failed(JournalError(f"journal {self._path}: {type(error).__name__}: {error}"))
         else:
             if self._failures:
                 down_s = clock.mono_s() - self._failing_since
@@ -138,6 +166,7 @@ class Writer:
             log.error("%s; records wait in memory, polling goes on", error)
         self._failures += 1
         self.error = str(error)
+        self._settled.dirty = True  # what was to be written down may not have been
         store, self._store = self._store, None  # after an I/O error a connection is not to be trusted
         if store is not None:
             try:
@@ -148,10 +177,8 @@ class Writer:
     def _replace(self, reason: str, detail: str) -> None:
         """Set the file aside under a name with the date, and prepare the events that say so."""
         stamp = datetime.fromtimestamp(clock.wall_ms() / 1000, UTC).strftime("%Y%m%dT%H%M%S%fZ")
-        mark = self._mark.read()
-        settled = _last_words(self._path)
+        left = self._left(self._mark.read())
         aside = set_aside(self._path, stamp)
-        self._mark.remove()
         log.error(
             "journal %s: %s (%s); set aside as %s, a new stream begins",
             self._path,
@@ -159,15 +186,36 @@ class Writer:
             detail,
             aside.name,
         )
-        fields: dict[str, object] = {"reason": reason, "set_aside": aside.name}
-        if mark is not None:
-            fields |= {"previous": mark.stream, "previous_head": mark.head}
-        records: list[Record] = [Event(clock.wall_ms(), "stream", fields)]
-        if mark is not None and mark.head > settled.prefix():
-            gap = {"stream": mark.stream, "from": settled.prefix() + 1, "to": mark.head, "reason": "damaged"}
-            records.append(Event(clock.wall_ms(), "gap", gap))
-        self._waiting = [*group(records, self._max_message), *self._waiting]
-        self._sealer = None
+        self._opening = self._begin_with(left, reason, {"set_aside": aside.name})
+        self._damages = []
+
+    def _left(self, mark: Mark | None) -> dict[str, _Left]:
+        """Gather what mark, file and memory know of the streams that end here."""
+        left: dict[str, _Left] = {}
+        for stream, head, settled in (
+            *([(mark.stream, mark.head, Ranges())] if mark else []),
+            *_last_words(self._path),
+            *([(self.stream, self.head, self._settled.copy())] if self.stream else []),
+        ):
+            known = left.get(stream, _Left(0, Ranges()))
+            for first, last in settled:
+                known.settled.add(first, last)
+            left[stream] = _Left(max(head, known.head), known.settled)
+        return left
+
+    def _begin_with(self, left: dict[str, _Left], reason: str, more: dict[str, object]) -> list[Group]:
+        """Return what a stream begins with: why it does, and what is gone of those before it."""
+        now_ms = clock.wall_ms()
+        fields: dict[str, object] = {"reason": reason, **more}
+        if left:
+            previous, (head, _) = next(iter(left.items()))
+            fields |= {"previous": previous, "previous_head": head}
+        records: list[Record] = [Event(now_ms, "stream", fields)]
+        for stream, (head, settled) in left.items():
+            for first, last in settled.gaps(1, head):
+                gap = {"stream": stream, "from": first, "to": last, "reason": "damaged"}
+                records.append(Event(now_ms, "gap", gap))
+        return group(records, self._max_message)
 
     def _ready(self) -> tuple[Store, Sealer]:
         """Return the open store and the sealer that stands at its tip."""
@@ -175,57 +223,82 @@ class Writer:
             return self._store, self._sealer
         mark = self._mark.read()
         store = Store(self._path, self._config.max_size).open(
-            clock.wall_ms(), check=mark is not None and not mark.clean
+            clock.wall_ms(), check=mark is None or not mark.clean
         )
-        tip = store.tip()
-        if mark is not None and not store.created and (mark.stream != store.stream or mark.head > tip.head):
+        try:
+            tip, older = self._tip(store, mark)
+        except JournalError:
             store.close()
-            self._replace("older-copy", f"it ends at {tip.head}, the mark beside it at {mark.head}")
+            raise
+        if older:
+            store.close()
+            self._replace("older-copy", older)
             return self._ready()
-        if self._sealer is not None and self.stream == store.stream and tip.digest == self._sealer.digest:
-            self._waiting = self._rest  # the commit that seemed to fail is on the disk after all
-        settled = store.acked()
-        if (oldest := store.oldest(1, tip.head, 1)) and oldest[0].first > 1:
-            settled.add(1, oldest[0].first - 1)  # deleted: acknowledged, or named in a gap event
-        if self.stream == store.stream:
-            for first, last in self._settled.copy():
-                settled.add(first, last)
-        self._settled.begin(settled, store.pending_batches(settled, tip.head))
+        if self.stream != store.stream:
+            if not tip.head and not self._opening:
+                left = self._left(mark)
+                left.pop(store.stream, None)
+                self._opening = self._begin_with(left, "lost" if left else "new", {})
+            settled = store.acked()
+            settled.remove(tip.head + 1, 1 << 62)
+            self._settled.begin(store.stream, settled, store.pending_batches(settled, tip.head))
         self.head, self.stream = tip.head, store.stream
         self._store, self._sealer = store, Sealer(self._gateway, store.stream, tip.head, tip.digest)
-        if store.created and not self._waiting:
-            self._waiting = [*group([Event(clock.wall_ms(), "stream", {"reason": "new"})], self._max_message)]
-        self._write_mark(clean=False, sync=True)
+        unsure, self._unsure = self._unsure, None
+        if unsure and unsure.sealed and unsure.sealed[-1].batch.digest == tip.digest:
+            self._durable(unsure)  # the commit that seemed to fail is on the disk after all
+        if tip.head:  # until then the mark tells of the stream before
+            self._write_mark(clean=False, sync=True)
         return self._store, self._sealer
+
+    def _tip(self, store: Store, mark: Mark | None) -> tuple[Tip, str]:
+        """Return where the journal ends and, if it is a copy older than its mark, how that shows.
+
+        If its newest batch is damaged, only the mark can tell where it ends; without it there is no going on.
+        """
+        newest = store.newest()
+        tip = Tip(newest.last, newest.digest) if newest else Tip(0, GENESIS)
+        if newest is not None:
+            try:
+                unpack(newest)
+            except JournalDamaged as error:
+                if mark is None or (mark.stream, mark.head) != (store.stream, tip.head):
+                    raise
+                tip = Tip(mark.head, bytes.fromhex(mark.digest))
+                self._damages.append(Damage(store.stream, str(error), newest.seq, newest.seq))
+        if mark is None:
+            return tip, ""
+        if mark.stream != store.stream:
+            return tip, f"the mark beside it is of stream {mark.stream}" if tip.head else ""
+        if mark.head > tip.head or (mark.head == tip.head and mark.digest != tip.digest.hex()):
+            return tip, f"it ends at {tip.head}, the mark beside it at {mark.head}"
+        return tip, ""
 
     # -- one turn ----------------------------------------------------------------------------------------
 
     def _turn(self, last: bool) -> None:
         store, sealer = self._ready()
-        condemned = self._take()
-        doom = self._doom(store, condemned)
-        reason = "damaged" if condemned else "full"
-        while self._waiting or doom.ranges:
-            groups, rest = self._next_groups()
-            doom = self._room_for(store, groups, doom)
-            sealed = self._seal(sealer, groups, doom, reason)
-            rows = [(b.seq, b.count, b.kind.value, ts, b.digest, b.size, b.packed) for b, _, ts, _ in sealed]
-            self._rest = rest
-            store.append(rows, doomed=doom.ranges, acked=self._acked_due())
-            self._waiting = rest
-            self._done(sealer, sealed)
-            doom = retention.NOTHING
+        self._take()
+        if self._damages:
+            self._commit(store, sealer, [], self._condemned(store, sealer))
+            self._damages = []
+        expired = self._expired(store)
+        while self._waiting or expired.ranges or not sealer.head:
+            groups = self._next_groups(store)
+            self._make_room(store, sealer, groups)
+            self._commit(store, sealer, groups, expired)
+            expired = retention.NOTHING
         if (acked := self._acked_due(now=last)) is not None:
             store.append([], acked=acked)
-        self._write_mark(clean=False, sync=store.checkpoint())
+        self._checkpoint(store)
         flushed, self._flushes = self._flushes, []
         if flushed:
             self._tell(None, flushed)
 
-    def _take(self) -> list[Stored]:
-        """Empty the inbox into `_waiting`; return the batches found damaged."""
+    def _take(self) -> None:
+        """Empty the inbox into `_waiting`, unless that holds too much already."""
         if sum(made.size for made in self._waiting if isinstance(made, Group)) > WAITING_BYTES:
-            return []
+            return
         taken = self._inbox.take()
         records: list[Record] = []
         for item in taken.items:
@@ -236,64 +309,79 @@ class Writer:
                 records.append(item)
         self._waiting += group(records, self._max_message)
         self._flushes += taken.flushes
-        return taken.condemned
+        for damage in taken.damages:
+            if damage.stream != self.stream:
+                continue  # that file has been set aside
+            if not damage.last:
+                raise JournalDamaged(damage.detail)
+            self._damages.append(damage)
 
-    def _next_groups(self) -> tuple[list[Group | Lost], list[Group | Lost]]:
-        """Split what waits into one transaction's worth and the rest."""
+    def _next_groups(self, store: Store) -> list[Group | Lost]:
+        """Return one transaction's worth of what waits."""
+        limit = min(TRANSACTION_BYTES, store.wal_bytes // 2)
         size = 0
         for at, made in enumerate(self._waiting):
             size += made.size if isinstance(made, Group) else 0
-            if size > TRANSACTION_BYTES and at:
-                return self._waiting[:at], self._waiting[at:]
-        return self._waiting, []
+            if size > limit and at:
+                return self._waiting[:at]
+        return self._waiting
+
+    def _commit(
+        self, store: Store, sealer: Sealer, groups: Sequence[Group | Lost], doom: Doom = retention.NOTHING
+    ) -> None:
+        """Delete what is doomed, add groups from the front of what waits, and name what is lost, all or nothing.
+
+        What is settled is written down with whatever goes, so that at any time each seq has a batch or is settled.
+        """
+        sealed, gaps = self._seal(sealer, groups, doom)
+        acked = self._acked_due(gaps, now=bool(doom.ranges))
+        rows = [(b.seq, b.count, b.kind.value, ts, b.digest, b.size, b.packed) for b, _, ts in sealed]
+        self._unsure = unsure = _Unsure(sealed, gaps, self._waiting[len(groups) :])
+        store.append(rows, doomed=doom.ranges, acked=acked)
+        self._unsure = None
+        self._durable(unsure)
+        self._checkpoint(store)
 
     def _seal(
-        self, sealer: Sealer, groups: Sequence[Group | Lost], doom: retention.Doom, reason: str
-    ) -> list[_Sealed]:
+        self, sealer: Sealer, groups: Sequence[Group | Lost], doom: Doom
+    ) -> tuple[list[_Sealed], list[Loss]]:
         """Give the groups their numbers, and name in gap events what goes for good."""
         now = "synced" if clock.synchronised() else "unsynced"
         sealed: list[_Sealed] = []
-
-        def seal(made: Group, gap: retention.Loss | None = None) -> None:
-            batch, body = sealer.seal(made, now)
-            sealed.append(_Sealed(batch, body, made.ts, gap))
-
-        for lost in doom.lost:
-            seal(self._gap(lost, reason), lost)
-        for made in groups:
-            if isinstance(made, Group):
-                seal(made)
-            else:
+        gaps = [*doom.lost]
+        for made in [
+            *(() if sealer.head else self._opening),
+            *group([*doom.again, *map(_gap, doom.lost)], self._max_message),
+            *groups,
+        ]:
+            if isinstance(made, Lost):
                 digest = sealer.digest
-                lost = retention.Loss(*sealer.skip(made.count), digest, 0)
-                seal(self._gap(lost, "full"), lost)
-        return sealed
+                gaps.append(Loss(*sealer.skip(made.count), digest, [], "full"))
+                (made,) = group([_gap(gaps[-1])], self._max_message)
+            sealed.append(_Sealed(*sealer.seal(made, now), made.ts))
+        return sealed, gaps
 
-    def _gap(self, lost: retention.Loss, reason: str) -> Group:
-        """Name what is gone for good."""
-        fields = {"from": lost.first, "to": lost.last, "reason": reason, "last_prev": lost.digest.hex()}
-        (made,) = group([Event(clock.wall_ms(), "gap", fields)], self._max_message)
-        return made
-
-    def _done(self, sealer: Sealer, sealed: list[_Sealed]) -> None:
-        """Note that batches are durable, and pass them on."""
-        self.head = sealer.head
-        self._settled.appended(len(sealed))
-        for gap in (made.gap for made in sealed if made.gap):
+    def _durable(self, done: _Unsure) -> None:
+        """Note that a transaction is on the disk, and pass its batches on."""
+        self._waiting = done.rest
+        if not done.sealed:
+            return
+        self.head = done.sealed[-1].batch.last
+        self._opening = []
+        self._settled.appended(len(done.sealed))
+        for gap in done.gaps:
             log.error("journal: records %d to %d are gone for good; a gap event says so", gap.first, gap.last)
             self._settled.gone(gap.first, gap.last, gap.batches)
-        if sealed:
-            self._tell(
-                Committed(self.stream, [made.batch for made in sealed], [made.body for made in sealed]), []
-            )
+        batches = [made.batch for made in done.sealed]
+        self._tell(Committed(self.stream, batches, [made.body for made in done.sealed]), [])
+
+    def _checkpoint(self, store: Store) -> None:
+        self._write_mark(clean=False, sync=store.checkpoint())
 
     # -- what goes ---------------------------------------------------------------------------------------
 
-    def _doom(self, store: Store, condemned: Sequence[Stored]) -> retention.Doom:
-        """Choose what goes at this turn: what was found damaged, and now and then what is old and settled."""
-        if condemned:
-            there = [stored for seq in {found.first for found in condemned} if (stored := store.batch(seq))]
-            return retention.condemn(there)
+    def _expired(self, store: Store) -> Doom:
+        """Choose, now and then, what is settled and old."""
         if clock.mono_s() - self._pruned_at < PRUNE_EVERY_S:
             return retention.NOTHING
         self._pruned_at = clock.mono_s()
@@ -301,37 +389,102 @@ class Writer:
         oldest = store.oldest(1, settled.prefix(), 1000)
         return retention.expired(oldest, settled, clock.wall_ms() - self._config.keep)
 
-    def _room_for(self, store: Store, groups: Sequence[Group | Lost], doom: retention.Doom) -> retention.Doom:
-        """Add to what goes whatever must, for these groups to fit below `max_size`."""
-        need = 16 * PAGE + sum(made.size + ROW_BYTES for made in groups if isinstance(made, Group))
-        short = need - store.free_bytes() - doom.bytes
-        if short <= 0:
-            return doom
-        settled = self._settled.copy()
-        oldest: list[Stored] = []
-        for first, last in [*settled, *settled.gaps(1, self.head)]:
-            oldest += store.oldest(first, last, 2000)
-        return retention.make_room(oldest, settled, max(short, self._config.max_size // 100) + doom.bytes)
+    def _make_room(self, store: Store, sealer: Sealer, groups: Sequence[Group | Lost]) -> None:
+        """Let go of as much as it takes for these groups to fit below `max_size`.
 
-    def _acked_due(self, *, now: bool = False) -> Ranges | None:
-        """Return what is settled if it is time to write it down."""
-        if not self._settled.dirty or (not now and clock.mono_s() - self._acked_at < ACKED_EVERY_S):
+        It goes in transactions of its own, because what deleting gives back is known only afterwards: pages are
+        shared between batches.
+        """
+        need = SLACK_BYTES + sum(_room(made.size) for made in groups if isinstance(made, Group))
+        while (short := need - store.free_bytes()) > 0:
+            settled = self._settled.copy()
+            oldest: list[Stored] = []
+            for first, last in [*settled, *settled.gaps(1, self.head)]:
+                oldest += store.oldest(first, last, 2000)
+            doom = retention.make_room(oldest, settled, max(short, self._config.max_size // 100))
+            if not doom.ranges:
+                return  # the newest batch alone is left
+            self._commit(store, sealer, [], self._named_again(store, doom))
+
+    def _named_again(self, store: Store, doom: Doom) -> Doom:
+        """Add to what is lost what the gap events among it named: nobody upstream has heard of that yet."""
+        lost, again = [*doom.lost], []
+        for loss in doom.lost:
+            for batch in store.events(loss.first, loss.last):
+                try:
+                    records = msgspec.json.decode(unpack(batch))["records"]
+                except JournalDamaged as error:
+                    log.error("journal: %s; what it named goes unnamed", error)
+                    continue
+                for record in records:
+                    if record["event"] != "gap":
+                        continue
+                    if "stream" in record:
+                        again.append(Event(record.pop("ts"), record.pop("event"), record))
+                    else:
+                        digest = bytes.fromhex(record["last_prev"])
+                        lost.append(Loss(record["from"], record["to"], digest, [], record["reason"]))
+        return Doom(doom.ranges, retention.joined(lost), again)
+
+    def _condemned(self, store: Store, sealer: Sealer) -> Doom:
+        """Give up what was found damaged: all up to the next sound batch, which also tells the last one's hash."""
+        settled = self._settled.copy()
+        ranges: list[tuple[int, int]] = []
+        lost: list[Loss] = []
+        for first, last in Ranges((damage.first, damage.last) for damage in self._damages):
+            upto, digest = self.head, sealer.digest
+            while (follower := store.following(last)) is not None:
+                try:
+                    prev = decode_batch(unpack(follower)).prev
+                except JournalDamaged:
+                    last = follower.seq
+                    continue
+                upto, digest = follower.seq - 1, bytes.fromhex(prev)
+                break
+            ranges.append((first, upto))
+            for gone in settled.gaps(first, upto):
+                known = digest if gone[1] == upto else store.last_digest(*gone)
+                lost.append(Loss(*gone, known, [gone], "damaged"))
+        for damage in self._damages if lost else ():
+            log.error("journal: %s", damage.detail)
+        return Doom(ranges, lost)
+
+    def _acked_due(self, gaps: Sequence[Loss] = (), *, now: bool = False) -> Ranges | None:
+        """Return what is settled, with what is about to be, if it is time to write it down."""
+        due = now or clock.mono_s() - self._acked_at >= ACKED_EVERY_S
+        if not gaps and not (due and self._settled.dirty):
             return None
         self._acked_at = clock.mono_s()
         self._settled.dirty = False
-        return self._settled.copy()
+        acked = self._settled.copy()
+        for gap in gaps:
+            acked.add(gap.first, gap.last)
+        return acked
 
     def _write_mark(self, *, clean: bool, sync: bool) -> None:
-        self._mark.write(Mark(self.stream, self.head, clean), sync=sync)
+        if self.head and self._sealer is not None:
+            self._mark.write(Mark(self.stream, self.head, self._sealer.digest.hex(), clean), sync=sync)
 
 
-def _last_words(path: Path) -> Ranges:
-    """Return what a file to be set aside says was settled, if it can still say it."""
+def _gap(lost: Loss) -> Event:
+    """Name what is gone for good."""
+    fields = {"from": lost.first, "to": lost.last, "reason": lost.reason, "last_prev": lost.digest.hex()}
+    return Event(clock.wall_ms(), "gap", fields)
+
+
+def _room(size: int) -> int:
+    """Return the most that a batch of so much JSON can take in the file: rows do not share pages evenly."""
+    row = size + ROW_BYTES
+    return 2 * row if row < PAGE else row + 2 * PAGE
+
+
+def _last_words(path: Path) -> list[tuple[str, int, Ranges]]:
+    """Return what a file to be set aside says of its stream, head and what was settled, if it still can."""
     try:
         reader = Reader(path)
         try:
-            return reader.acked()
+            return [(reader.stream, reader.tip().head, reader.acked())]
         finally:
             reader.close()
     except JournalError:
-        return Ranges()
+        return []
