@@ -17,6 +17,15 @@ def mono_s() -> float:
     return time.monotonic()
 
 
+def boot_id() -> str:
+    """Return the identity of this boot of the machine: monotonic times of another mean nothing."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
 def synchronised() -> bool:
     """Tell whether the kernel holds its wall clock for synchronised (adjtimex(2), STA_UNSYNC).
 

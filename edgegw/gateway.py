@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from edgegw import __version__, clock
-from edgegw.config.load import journal_path, load
+from edgegw.config.load import journal_path
 from edgegw.config.schema import Config, Device
-from edgegw.domain.record import Event, Scan
+from edgegw.control.build import load_with_rules
+from edgegw.control.controller import Controller
+from edgegw.control.engine import Plant
+from edgegw.control.memory import MemoryFile
+from edgegw.domain.command import Reply
+from edgegw.domain.image import Image
+from edgegw.domain.record import Event
+from edgegw.domain.tag import Scalar, Value
 from edgegw.drivers.registry import Drivers
-from edgegw.errors import ConfigError
+from edgegw.errors import ConfigError, NotConnected
 from edgegw.journal.journal import Journal
 from edgegw.runtime.lock import held
 from edgegw.runtime.notify import Notifier
@@ -27,16 +34,18 @@ log = logging.getLogger(__name__)
 class Gateway:
     """A gateway from its start to its end."""
 
-    def __init__(self, config: Config, config_path: Path) -> None:
+    def __init__(self, config: Config, plant: Plant, config_path: Path) -> None:
         self._config = config
         self._config_path = config_path
         self._started_ms = clock.wall_ms()
         self._drivers = Drivers()
         self._services = Supervisor()
-        self._image: dict[str, Scan] = {}
+        self._image = Image()
         path = journal_path(config, config_path)
         self._journal = Journal(path, config.gateway.id, config.journal, config.uplink.max_message)
-        self._uplink = UplinkService(config, config_path, self._journal, self._link_changed)
+        self._memory = MemoryFile(path.with_name(path.name + ".control"))
+        self._control = self._controller(plant)
+        self._uplink = UplinkService(config, config_path, self._journal, self._link_changed, self._obey)
         self._notifier = Notifier()
         self._scanners = {name: self._scanner(name, device) for name, device in config.device.items()}
 
@@ -58,6 +67,7 @@ class Gateway:
         self._journal.start()
         self._journal.append(Event(self._started_ms, "start", {"version": __version__}))
         self._services.start("uplink", self._uplink.run)
+        self._services.start("control", self._control.run)
         for name, scanner in self._scanners.items():
             self._services.start(f"device.{name}", scanner.run)
         if self._config.status.http:
@@ -75,6 +85,8 @@ class Gateway:
         await stop.wait()
         self._notifier.send("STOPPING=1")
         log.info("gateway %s: stopping", self._config.gateway.id)
+        await self._services.stop("control")
+        await self._control.settle()
         for name in list(self._scanners):
             await self._stop_device(name)
         self._journal.append(Event(clock.wall_ms(), "stop", {}))
@@ -90,18 +102,35 @@ class Gateway:
             log.error("journal: stopped with records that could not be written")
 
     def _scanner(self, name: str, device: Device) -> Scanner:
-        return Scanner(name, self._drivers.make(name, device), self._journal.append, self._image)
+        driver = self._drivers.make(name, device)
+        return Scanner(
+            name, driver, self._journal.append, self._image, lambda device: self._control.touch(device)
+        )
+
+    def _controller(self, plant: Plant) -> Controller:
+        return Controller(
+            plant, self._image, self._journal, lambda: self._uplink.link.state, self._write, self._memory
+        )
+
+    async def _write(self, device: str, tag: str, value: Scalar) -> Value:
+        scanner = self._scanners.get(device)
+        if scanner is None:
+            raise NotConnected("not-configured", f"device.{device}: no longer configured")
+        return await scanner.write(tag, value)
+
+    async def _obey(self, payload: bytes, retained: bool) -> Reply:
+        return await self._control.command(payload, retained=retained)
 
     async def _stop_device(self, name: str) -> None:
         await self._services.stop(f"device.{name}")
         del self._scanners[name]
-        self._image.pop(name, None)
+        self._image.forget(name)
 
     async def _reload(self) -> None:
         """Take the configuration's devices anew; those that have not changed go on undisturbed."""
         self._notifier.send("RELOADING=1", f"MONOTONIC_USEC={int(clock.mono_s() * 1e6)}")
         try:
-            config = load(self._config_path)
+            config, plant = load_with_rules(self._config_path)
         except ConfigError as error:
             for problem in error.problems:
                 log.error("reload: %s", problem)
@@ -110,10 +139,10 @@ class Gateway:
                 Event(clock.wall_ms(), "config", {"ok": False, "errors": error.problems[:20]})
             )
         else:
-            await self._apply(config)
+            await self._apply(config, plant)
         self._notifier.send("READY=1")
 
-    async def _apply(self, config: Config) -> None:
+    async def _apply(self, config: Config, plant: Plant) -> None:
         old = self._config
         for section in ("gateway", "journal", "uplink", "status"):
             if getattr(old, section) != getattr(config, section):
@@ -125,7 +154,12 @@ class Gateway:
         for name in come:
             self._scanners[name] = self._scanner(name, config.device[name])
             self._services.start(f"device.{name}", self._scanners[name].run)
-        self._config = old.model_copy(update={"device": config.device})
+        if (old.device, old.rule) != (config.device, config.rule):
+            await self._services.stop("control")  # it takes up what it remembers, under the new rules
+            await self._control.settle()
+            self._control = self._controller(plant)
+            self._services.start("control", self._control.run)
+        self._config = old.model_copy(update={"device": config.device, "rule": config.rule})
         log.info("reload: %d devices stopped, %d started", len(gone), len(come))
         self._journal.append(Event(clock.wall_ms(), "config", {"ok": True, "stopped": gone, "started": come}))
 
@@ -138,6 +172,7 @@ class Gateway:
 
     def _link_changed(self, link: Link) -> None:
         self._notifier.send(f"STATUS={link.state}, {len(self._scanners)} devices")
+        self._control.wake()
 
     async def snapshot(self) -> dict[str, Any]:
         """Return the status as the contract has it."""
@@ -169,6 +204,6 @@ class Gateway:
                 }
                 for name, scanner in self._scanners.items()
             },
-            "rules": {},
+            "rules": self._control.rules(),
             "readings": sum(scanner.readings for scanner in self._scanners.values()),
         }

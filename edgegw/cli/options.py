@@ -22,10 +22,12 @@ json_option: Callable[..., Any] = click.option("--json", "as_json", is_flag=True
 
 def load_config(path: Path | None) -> "tuple[Config, Path]":
     """Load the configuration a command was pointed to and say where it was; raise ConfigError."""
-    from edgegw.config.load import find, load
+    from edgegw.config.load import find
+    from edgegw.control.build import load_with_rules
 
     found = find(path)
-    return load(found), found
+    config, _ = load_with_rules(found)
+    return config, found
 
 
 def open_journal(path: Path | None) -> "tuple[Reader, Config]":

@@ -10,7 +10,7 @@ from edgegw.cli.options import config_option, json_option, load_config, print_js
 
 if TYPE_CHECKING:
     from edgegw.config.schema import Config
-    from edgegw.domain.record import Scan
+    from edgegw.domain.image import Latest
 
 READ_S = 15.0
 
@@ -33,20 +33,20 @@ def command(device: str, tags: tuple[str, ...], config_path: Path | None, as_jso
     for name in wanted:
         if name not in known:
             raise click.UsageError(f"device {device} has no tag {name!r}; it has: {', '.join(known)}")
-    scan = asyncio.run(_read(config, device))
-    names = [name for name in known if name in (wanted or known) and name in scan.values]
-    quality = scan.quality or {}
+    found = asyncio.run(_read(config, device))
+    names = [name for name in known if name in (wanted or known) and name in found.values]
+    quality = found.quality
     if as_json:
-        values = {name: scan.values[name] for name in names}
+        values = {name: found.values[name] for name in names}
         print_json({
-            "ts": scan.ts, "device": device, "values": values,
+            "ts": found.ts, "device": device, "values": values,
             "quality": {name: quality[name] for name in names if name in quality},
         })  # fmt: skip
         return
     width = max(len(name) for name in names)
     for name in names:
         unit = known[name].unit
-        value = scan.values[name]
+        value = found.values[name]
         value = "-" if value is None else f"{value:.7g}" if isinstance(value, float) else value
         click.echo(
             f"{device}.{name:<{width}}  {value} {unit}".rstrip()
@@ -54,16 +54,16 @@ def command(device: str, tags: tuple[str, ...], config_path: Path | None, as_jso
         )
 
 
-async def _read(config: "Config", device: str) -> "Scan":
+async def _read(config: "Config", device: str) -> "Latest":
+    from edgegw.domain.image import Image
     from edgegw.drivers.registry import Drivers
     from edgegw.errors import NoAnswer
-    from edgegw.scan.scanner import merge
 
+    image = Image()
     try:
         async with asyncio.timeout(READ_S), Drivers().make(device, config.device[device]) as driver:
-            first, *rest = await driver.scan()
+            for scan in await driver.scan():
+                image.take(scan, 0.0)
     except TimeoutError:
         raise NoAnswer("timeout", f"device.{device}: nothing in {READ_S:.0f} s") from None
-    for scan in rest:
-        first = merge(first, scan)
-    return first
+    return image.devices[device]

@@ -23,17 +23,18 @@ def command(config_path: Path | None, log_level: str) -> None:
     """
     import uvloop
 
-    from edgegw.config.load import find, load
+    from edgegw.config.load import find
+    from edgegw.control.build import load_with_rules
     from edgegw.gateway import Gateway
 
     logging.basicConfig(
         stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
     )
     path = find(config_path)
-    config = load(path)
+    config, plant = load_with_rules(path)
 
     async def main() -> None:
-        await Gateway(config, path).run()
+        await Gateway(config, plant, path).run()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())

@@ -2,6 +2,7 @@
 
 import os
 import tomllib
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
@@ -15,6 +16,9 @@ from edgegw.errors import ConfigError
 
 SYSTEM_PATH = Path("/etc/edgegw/config.toml")
 
+Problem = tuple[tuple[str, ...], str]
+"""A place in the configuration, and what is wrong there."""
+
 
 def find(path: Path | None) -> Path:
     """Return the file to load: the one given, $EDGEGW_CONFIG, the system's, or ./config.toml."""
@@ -25,8 +29,12 @@ def find(path: Path | None) -> Path:
     return SYSTEM_PATH if SYSTEM_PATH.exists() else Path("config.toml")
 
 
-def load(path: Path) -> Config:
-    """Read and validate a configuration file; raise ConfigError with every problem found."""
+def load(path: Path, *, inspect: Callable[[Config], list[Problem]] | None = None) -> Config:
+    """Read and validate a configuration file; raise ConfigError with every problem found.
+
+    `inspect` looks for problems that the schema cannot see. Where the schema has found some of its own, it is
+    shown what of the file is sound.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         raw = tomllib.loads(text)
@@ -41,13 +49,54 @@ def load(path: Path) -> Config:
     lines = key_lines(text)
     raw, problems = with_profiles(raw, path.parent)
     config: Config | None = None
+    sound: Config | None = None
+    gone: list[str] = []
     try:
-        config = Config.model_validate(raw)
+        sound = config = Config.model_validate(raw)
     except ValidationError as error:
-        problems += [_problem(raw, found) for found in error.errors(include_url=False, include_context=True)]
+        found = error.errors(include_url=False, include_context=True)
+        problems += [_problem(raw, one) for one in found]
+        sound, gone = _sound_part(raw, [place for place, _ in problems])
+    if inspect is not None and sound is not None:
+        problems += [
+            (where, what) for where, what in inspect(sound) if not any(name in what for name in gone)
+        ]
     if problems or config is None:
         raise ConfigError([_located(path, lines, where, what) for where, what in problems])
     return config
+
+
+def _sound_part(raw: dict[str, Any], places: list[tuple[str, ...]]) -> tuple[Config | None, list[str]]:
+    """Return the configuration without what is wrong, and the names of tags and devices that went with it."""
+    rest: dict[str, Any] = {
+        name: {key: dict(entry) if isinstance(entry, dict) else entry for key, entry in section.items()}
+        for name, section in raw.items()
+        if isinstance(section, dict) and name in Config.model_fields
+    }
+    gone = []
+    for place in places:
+        match place:
+            case ("device", device, "tags", tag, *_) if isinstance(rest["device"].get(device), dict):
+                tags = rest["device"][device].get("tags")
+                if isinstance(tags, dict):
+                    rest["device"][device]["tags"] = {name: one for name, one in tags.items() if name != tag}
+                gone.append(f"{device}.{tag}")
+            case ("device", device, key) if (
+                key in rest.get("device", {}).get(device, {}) and key not in _NEEDED
+            ):
+                del rest["device"][device][key]
+            case (("device" | "rule" | "window") as section, name, *_):
+                rest.get(section, {}).pop(name, None)
+                gone.append(f"{name}.")
+            case (section, *_):
+                rest.pop(section, None)
+    try:
+        return Config.model_validate({"gateway": {"id": "unnamed"}} | rest), gone
+    except ValidationError:
+        return None, gone
+
+
+_NEEDED = ("driver", "url", "tags")
 
 
 def journal_path(config: Config, config_path: Path) -> Path:
@@ -65,9 +114,6 @@ def secret(path: str, config_path: Path) -> str:
         raise ConfigError(
             [f"{path}: cannot be read: {error}; expected a file that holds the password"]
         ) from None
-
-
-Problem = tuple[tuple[str, ...], str]
 
 
 def _located(path: Path, lines: dict[tuple[str, ...], int], where: tuple[str, ...], what: str) -> str:

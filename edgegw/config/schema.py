@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from edgegw.config.units import Duration, ModbusAddress, Size
+from edgegw.config.units import Duration, ModbusAddress, Ramp, Size
 from edgegw.domain.tag import GATEWAY_ID, NAME
 
 
@@ -32,7 +32,7 @@ Name = Annotated[str, BeforeValidator(_name)]
 class Model(BaseModel):
     """What every section shares: no unknown key, nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def not_yet(what: str) -> ValueError:
@@ -178,7 +178,7 @@ class Guard(Model):
     min: float | None = None
     max: float | None = None
     max_step: float | None = Field(None, gt=0)
-    ramp: str | None = None
+    ramp: Ramp | None = None
     min_interval: Duration | None = None
     max_per_hour: int | None = Field(None, ge=1)
     safe: float | bool | str | None = None
@@ -314,6 +314,15 @@ class Device(Model):
         return value
 
 
+SERIAL = {
+    "baudrate": ("1200", "2400", "4800", "9600", "19200", "38400", "57600", "115200"),
+    "parity": ("N", "E", "O"),
+    "bytesize": ("7", "8"),
+    "stopbits": ("1", "2"),
+}
+"""What a serial url may say of the line."""
+
+
 class ModbusDevice(Device):
     """A Modbus unit behind a host and port or a serial line."""
 
@@ -328,20 +337,22 @@ class ModbusDevice(Device):
     @classmethod
     def _url(cls, url: str) -> str:
         parts = urlsplit(url)
+        options = parse_qs(parts.query, keep_blank_values=True)
         if parts.scheme == "serial":
-            known = {"baudrate", "parity", "bytesize", "stopbits"}
-            unknown = set(parse_qs(parts.query)) - known
-            if not parts.path or unknown:
+            fine = bool(parts.path) and all(
+                key in SERIAL and len(values) == 1 and values[0] in SERIAL[key]
+                for key, values in options.items()
+            )
+            if not fine:
+                known = "; ".join(f"{key} {'|'.join(values[:8])}" for key, values in SERIAL.items())
                 raise ValueError(
-                    f"found {url!r}; expected serial:///dev/ttyUSB0?baudrate=9600&parity=N "
-                    f"(known: {', '.join(sorted(known))})"
+                    f"found {url!r}; expected serial:///dev/ttyUSB0?baudrate=9600&parity=N ({known})"
                 )
         else:
-            _check_url(
-                url,
-                ("tcp", "tls", "rtu+tcp"),
-                "tcp://HOST:PORT, tls://HOST:PORT, rtu+tcp://HOST:PORT or serial:///DEVICE",
-            )
+            expected = "tcp://HOST:PORT, tls://HOST:PORT, rtu+tcp://HOST:PORT or serial:///DEVICE"
+            _check_url(url, ("tcp", "tls", "rtu+tcp"), expected)
+            if options:
+                raise ValueError(f"found {url!r}; expected {expected}, without a query")
         return url
 
     @model_validator(mode="after")
@@ -383,6 +394,26 @@ class OpcUaDevice(Device):
 AnyDevice = Annotated[ModbusDevice | OpcUaDevice, Field(discriminator="driver")]
 
 
+def _hold(value: Any) -> Any:
+    return None if value == "forever" else Duration.parse(value)
+
+
+class Rule(Model):
+    """A local control rule. Its expressions are compiled, and checked, by `control`."""
+
+    when: str
+    until: str = ""
+    for_: Duration = Field(Duration(0), alias="for")
+    link: Literal["offline", "online", "always"] = "always"
+    priority: int = Field(0, ge=0, le=1000)
+    min_on: Duration = Duration(0)
+    min_off: Duration = Duration(0)
+    stale_after: Duration | None = None
+    hold: Annotated[Duration | None, BeforeValidator(_hold)] = Duration(0)
+    do: dict[str, str | bool | int | float] = Field(min_length=1)
+    finally_: dict[str, str | bool | int | float] = Field(default_factory=dict, alias="finally")
+
+
 def _later_section(value: dict[str, Any]) -> dict[str, Any]:
     if value:
         raise not_yet("this section")
@@ -397,7 +428,7 @@ class Config(Model):
     uplink: Uplink = Uplink()
     status: Status = Status()
     device: dict[Name, AnyDevice] = Field(default_factory=dict)
-    rule: Annotated[dict[str, Any], BeforeValidator(_later_section)] = Field(default_factory=dict)
+    rule: dict[Name, Rule] = Field(default_factory=dict)
     window: Annotated[dict[str, Any], BeforeValidator(_later_section)] = Field(default_factory=dict)
 
     @property

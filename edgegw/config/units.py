@@ -44,6 +44,26 @@ class Duration(_Quantity):
         return self / 1000
 
 
+class Ramp(float):
+    """Units a second, written as `10/s`, `0.5/s` or `60/m`."""
+
+    @classmethod
+    def parse(cls, text: Any) -> Self:
+        """Read a number and `/s`, `/m` or `/h`; raise ValueError with what would have been right."""
+        if isinstance(text, cls):
+            return text
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*/\s*(s|m|h)", text) if isinstance(text, str) else None
+        if match is None or float(match[1]) <= 0:
+            raise ValueError(f'found {text!r}; expected units a second, a minute or an hour, as in "10/s"')
+        return cls(float(match[1]) / {"s": 1, "m": 60, "h": 3600}[match[2]])
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(cls.parse)
+
+
 class Size(_Quantity):
     """Bytes, written as `64KiB`, `512MiB` or `1GiB`."""
 

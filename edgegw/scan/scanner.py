@@ -6,7 +6,9 @@ import random
 from collections.abc import Callable, Sequence
 
 from edgegw import clock
+from edgegw.domain.image import Image
 from edgegw.domain.record import DeviceStatus, Event, Record, Scan
+from edgegw.domain.tag import Scalar, Value
 from edgegw.drivers.base import Driver
 from edgegw.errors import DeviceError
 from edgegw.scan import schedule
@@ -21,8 +23,9 @@ class Scanner:
     """Scans one device for ever; what goes wrong with it stays with it."""
 
     def __init__(
-        self, name: str, driver: Driver, append: Callable[[Record], None], image: dict[str, Scan]
-    ) -> None:
+        self, name: str, driver: Driver, append: Callable[[Record], None], image: Image,
+        touched: Callable[[str], None],
+    ) -> None:  # fmt: skip
         self.name = name
         self.state = "unknown"
         self.reason: str | None = None
@@ -31,6 +34,7 @@ class Scanner:
         self._driver = driver
         self._append = append
         self._image = image
+        self._touched = touched
         self._failures = 0
         self._down_since = 0.0
 
@@ -54,17 +58,21 @@ class Scanner:
                     if not self._failures:
                         self.skipped += due.skipped
 
+    async def write(self, tag: str, value: Scalar) -> Value:
+        """Write one tag, once, and return what reading it back gives; raise DeviceError."""
+        return await self._driver.write(tag, value)
+
     def _scanned(self, scans: Sequence[Scan]) -> None:
         if self._failures or self.state == "unknown":
             self._answered()
+        now_s, held = clock.mono_s(), self._driver.period_s is None
         for scan in scans:
-            self._append(scan)
-            known = self._image.get(self.name)
-            self._image[self.name] = (
-                scan if known is None or len(scan.values) >= len(known.values) else merge(known, scan)
-            )
+            self._image.take(scan, now_s, held=held)
             self.readings += len(scan.values)
             self.last_ts = scan.ts
+        self._touched(self.name)  # control first: it must not wait for anything else
+        for scan in scans:
+            self._append(scan)
         self.scans += len(scans)
 
     def _answered(self) -> None:
@@ -86,15 +94,10 @@ class Scanner:
             self._append(Event(now_ms, "device-down", {"device": self.name, "reason": error.reason}))
             self._down_since = clock.mono_s()
         self.state, self.reason = "bad", error.reason
+        self._image.lost(self.name, clock.mono_s())
+        self._touched(self.name)
 
     def _pause_s(self, period_s: float) -> float:
         """Return how long to leave a failing device alone: ever longer, never in step with others."""
         longest = min(RETRY_MOST_S, RETRY_FIRST_S * 2 ** min(self._failures, 10))
         return random.uniform(longest / 2, longest) if longest > period_s else 0.0
-
-
-def merge(known: Scan, newer: Scan) -> Scan:
-    """Return a device's latest values when a scan holds only some of its tags."""
-    quality = {tag: why for tag, why in (known.quality or {}).items() if tag not in newer.values}
-    quality |= newer.quality or {}
-    return Scan(newer.ts, newer.device, known.values | newer.values, quality or None)

@@ -61,6 +61,15 @@ class Unreachable(UplinkError):
     """Nobody listens there, so nothing was learnt about the broker."""
 
 
+class Incoming(NamedTuple):
+    """A message to the gateway. `answer_to` and `correlation` are MQTT 5's request and response."""
+
+    payload: bytes
+    retained: bool
+    answer_to: str | None
+    correlation: bytes | None
+
+
 class _ProtocolRefused(UplinkError):
     """The broker does not speak this version of MQTT."""
 
@@ -94,6 +103,7 @@ class Connection:
         self.receive_maximum = 65535
         self.maximum_packet_size: int | None = None
         self.acknowledged: Callable[[int, Ack], None] = lambda mid, ack: None
+        self._take: Callable[[Incoming], None] = lambda incoming: None
         self._loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[str] = self._loop.create_future()
         self._opened: asyncio.Future[None] = self._loop.create_future()
@@ -122,6 +132,7 @@ class Connection:
         client.on_connect_fail = None
         client.on_disconnect = self._on_disconnect
         client.on_publish = self._on_publish
+        client.on_message = self._on_message
         client.on_socket_open = self._on_socket_open
         client.on_socket_close = self._on_socket_close
         client.on_socket_register_write = self._on_want_write
@@ -147,14 +158,23 @@ class Connection:
             kind = _ProtocolRefused if self._v5 else UplinkError
             raise kind(f"uplink {self.url}: connected, but no answer in {patience_s:.0f} s") from None
 
+    def subscribe(self, topic: str, take: Callable[[Incoming], None]) -> None:
+        """Have `take` called with each message on a topic."""
+        self._take = take
+        self._client.subscribe(topic, qos=1)
+
     def publish(
-        self, topic: str, payload: bytes, *, retain: bool = False, content_type: str | None = None
-    ) -> int:
+        self, topic: str, payload: bytes, *, retain: bool = False,
+        content_type: str | None = None, correlation: bytes | None = None,
+    ) -> int:  # fmt: skip
         """Hand a QoS 1 message to the connection and return the id its acknowledgement will bear."""
         properties = None
-        if content_type and self._v5:
+        if self._v5 and (content_type or correlation):
             properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-            properties.ContentType = content_type
+            if content_type:
+                properties.ContentType = content_type
+            if correlation:
+                properties.CorrelationData = correlation
         info = self._client.publish(topic, payload, qos=1, retain=retain, properties=properties)
         return info.mid
 
@@ -216,6 +236,12 @@ class Connection:
     def _on_publish(self, client: Any, userdata: Any, mid: int, reason: ReasonCode, properties: Any) -> None:
         # 0x10: accepted, but no matching subscribers (MQTT 5.0, 3.4.2.1)
         self.acknowledged(mid, Ack(not reason.is_failure, reason.value != 0x10, str(reason)))
+
+    def _on_message(self, client: Any, userdata: Any, message: paho.MQTTMessage) -> None:
+        properties = message.properties
+        answer_to = getattr(properties, "ResponseTopic", None)
+        correlation = getattr(properties, "CorrelationData", None)
+        self._take(Incoming(bytes(message.payload), message.retain, answer_to, correlation))
 
     def _on_socket_open(self, client: Any, userdata: Any, sock: Any) -> None:
         self._loop.call_soon_threadsafe(self._watch, sock)

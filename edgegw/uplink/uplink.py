@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
@@ -12,6 +12,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 from edgegw import __version__, clock
 from edgegw.config.load import secret
 from edgegw.config.schema import Config
+from edgegw.domain.command import Reply
 from edgegw.domain.record import Event
 from edgegw.errors import ConfigError, UplinkError
 from edgegw.journal.journal import Journal
@@ -23,14 +24,20 @@ from edgegw.uplink.link import Link, advance
 log = logging.getLogger(__name__)
 
 SETTLE_S = 2.0
+COMMANDS = 16
+"""Commands that may be under way at once."""
 GOODBYE_S = 1.0
+
+
+Obey = Callable[[bytes, bool], Awaitable[Reply]]
+"""Takes a command's payload and whether it was retained."""
 
 
 class UplinkService:
     """Keeps one connection upstream, and knows the state of the link."""
 
     def __init__(
-        self, config: Config, config_path: Path, journal: Journal, changed: Callable[[Link], None]
+        self, config: Config, config_path: Path, journal: Journal, changed: Callable[[Link], None], obey: Obey
     ) -> None:
         self.link = Link("offline", clock.wall_ms(), clock.mono_s())
         self.broker: str | None = None
@@ -38,6 +45,8 @@ class UplinkService:
         self._config_path = config_path
         self._journal = journal
         self._changed = changed
+        self._obey = obey
+        self._obeying: set[asyncio.Task[None]] = set()
         self._drain: Drain | None = None
         self._connection: mqtt.Connection | None = None
         self._leaving = False
@@ -131,10 +140,32 @@ class UplinkService:
         self.broker = connection.url
         self._connection = connection
         connection.publish(*self._status("online"), retain=True)
+        connection.subscribe(
+            f"{self._config.topic}/cmd", lambda incoming: self._command(connection, incoming)
+        )
         commit_s = self._config.journal.commit_interval.s
         self._drain = Drain(self._config.uplink, self._config.topic, self._journal, connection, commit_s)
         self._set_link(connected=True)
         await self._drain.run()
+
+    def _command(self, connection: mqtt.Connection, incoming: mqtt.Incoming) -> None:
+        """Have a command obeyed, and answer it; more than a few at a time are refused."""
+        task = asyncio.create_task(self._answer(connection, incoming, len(self._obeying) < COMMANDS))
+        self._obeying.add(task)
+        task.add_done_callback(self._obeying.discard)
+
+    async def _answer(self, connection: mqtt.Connection, incoming: mqtt.Incoming, room: bool) -> None:
+        if room:
+            reply = await self._obey(incoming.payload, incoming.retained)
+        else:
+            reply = Reply(None, False, f"busy with {COMMANDS} commands; try again")
+        if connection.lost.done():
+            return
+        body = msgspec.json.encode(reply.wire())
+        for topic in {f"{self._config.topic}/reply", incoming.answer_to} - {None}:
+            connection.publish(
+                str(topic), body, content_type="application/json", correlation=incoming.correlation
+            )
 
     def _status(self, state: str) -> tuple[str, bytes]:
         """Return the topic and payload that say the gateway's state."""

@@ -1,0 +1,129 @@
+"""Builds the plant that the engine works on from the configuration, and finds what is wrong with its rules."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from edgegw.config.load import Problem, load
+from edgegw.config.schema import Config, Device, Guard, ModbusTag, OpcUaTag
+from edgegw.config.schema import Rule as RuleConfig
+from edgegw.control.engine import Plant
+from edgegw.control.expression import Compiler, Expression
+from edgegw.control.guard import Limits, check
+from edgegw.control.rule import Rule
+
+Problems = list[Problem]
+STALE_PERIODS = 3
+"""How many of its device's periods a reading is good for, if the rule does not say."""
+
+
+def load_with_rules(path: Path) -> tuple[Config, Plant]:
+    """Load a configuration and build its plant; raise ConfigError with every problem of either."""
+    config = load(path, inspect=lambda sound: build(sound)[1])
+    plant, _ = build(config)
+    return config, plant
+
+
+def build(config: Config) -> tuple[Plant, Problems]:
+    """Compile the rules; return them with the limits of every tag, and each mistake with its place."""
+    problems: Problems = []
+    limits: dict[str, Limits] = {}
+    for device_name, device in config.device.items():
+        for name, tag in device.tags.items():
+            full = f"{device_name}.{name}"
+            limits[full] = _limits(tag)
+            problems += _odd_limits(("device", device_name, "tags", name), tag, limits[full])
+    compiler = Compiler({name: limit.kind for name, limit in limits.items()})
+    rules = []
+    for name, rule in config.rule.items():
+        made, wrong = _rule(name, rule, compiler, limits)
+        problems += wrong
+        if made is not None:
+            rules.append(made)
+    stale = {name: _stale_after_s(device) for name, device in config.device.items()}
+    own = {name: rule.stale_after.s for name, rule in config.rule.items() if rule.stale_after is not None}
+    return Plant(tuple(rules), limits, stale, own, config.uplink.hand_back), problems
+
+
+def _stale_after_s(device: Device) -> float:
+    return STALE_PERIODS * device.every.s
+
+
+def kind_of(tag: Guard) -> str:
+    """Return what a tag's values are to expressions: number, bool or string."""
+    if isinstance(tag, ModbusTag | OpcUaTag):
+        if tag.type == "bool":
+            return "bool"
+        if tag.type.startswith("string"):
+            return "string"
+    return "number"
+
+
+def _limits(tag: Guard) -> Limits:
+    return Limits(
+        tag.writable,
+        kind_of(tag),
+        tag.min,
+        tag.max,
+        tag.max_step,
+        None if tag.ramp is None else float(tag.ramp),
+        0.0 if tag.min_interval is None else tag.min_interval.s,
+        tag.max_per_hour,
+        tag.safe,
+    )
+
+
+def _odd_limits(where: tuple[str, ...], tag: Guard, limits: Limits) -> Problems:
+    if limits.kind != "number" and any(x is not None for x in (tag.min, tag.max, tag.max_step, tag.ramp)):
+        return [(where, f"a {limits.kind} has no min, max, max_step or ramp")]
+    if tag.safe is not None and tag.writable and (refusal := check(limits, tag.safe)) is not None:
+        return [((*where, "safe"), refusal.reason)]
+    return []
+
+
+def _rule(
+    name: str, config: RuleConfig, compiler: Compiler, limits: Mapping[str, Limits]
+) -> tuple[Rule | None, Problems]:
+    problems: Problems = []
+
+    def compiled(key: tuple[str, ...], text: str, kind: str) -> Expression | None:
+        try:
+            return compiler.compile(text, kind)
+        except ValueError as error:
+            problems.append((("rule", name, *key), str(error)))
+            return None
+
+    def values(key: str, given: Mapping[str, str | bool | int | float]) -> dict[str, Expression]:
+        made = {}
+        for setpoint, value in given.items():
+            limit = limits.get(setpoint)
+            if limit is None or not limit.writable:
+                why = "is no tag of the configuration" if limit is None else "is not writable"
+                problems.append((("rule", name, key, setpoint), f"{setpoint} {why}"))
+                continue
+            if not isinstance(value, str) and (refusal := check(limit, value)) is not None:
+                problems.append((("rule", name, key, setpoint), refusal.reason))
+                continue
+            if (expression := compiled((key, setpoint), _text(value), limit.kind)) is not None:
+                made[setpoint] = expression
+        return made
+
+    when = compiled(("when",), config.when, "bool")
+    until = compiled(("until",), config.until, "bool") if config.until else None
+    do, last = values("do", config.do), values("finally", config.finally_)
+    if problems or when is None:
+        return None, problems
+    hold_s = None if config.hold is None else config.hold.s
+    several = [when, *([until] if until else []), *do.values(), *last.values()]
+    inputs: frozenset[str] = frozenset().union(*(expression.inputs for expression in several))
+    rule = Rule(
+        name, when, until, do, last, config.link, config.priority,
+        config.for_.s, config.min_on.s, config.min_off.s, hold_s, inputs,
+    )  # fmt: skip
+    return rule, []
+
+
+def _text(value: str | bool | int | float) -> str:
+    """Return a configured value as an expression: a literal number is a double."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return value if isinstance(value, str) else repr(float(value))

@@ -1,0 +1,91 @@
+"""Commands, read and judged before anything is done about them. Pure."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from edgegw.config.units import Duration
+from edgegw.control.guard import Limits, check
+from edgegw.domain.command import Reply, WriteCommand
+from edgegw.domain.tag import Scalar
+
+COMMAND_BYTES = 64 * 1024
+ID_LENGTH = 128
+KEEP_IDS_MS = 86_400_000
+"""How long an id is remembered after its command expired, in case the clock goes back."""
+_KEYS = {"id", "write", "expires", "lease", "replay"}
+
+
+def read(
+    payload: bytes, *, retained: bool, limits: Mapping[str, Limits], done: Mapping[str, int], now_ms: int
+) -> WriteCommand | Reply:
+    """Return the command in a message, or the answer that says why nothing is done about it.
+
+    `done` holds the ids of earlier commands. All setpoints are checked before any is written.
+    """
+    if len(payload) > COMMAND_BYTES:
+        return Reply(None, False, f"{len(payload)} bytes; expected {COMMAND_BYTES} at most")
+    try:
+        message = msgspec.json.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return Reply(None, False, f"not JSON: {error}")
+    if not isinstance(message, dict):
+        return Reply(None, False, "expected an object with id, write and expires")
+    name = message.get("id")
+    if not isinstance(name, str) or not 0 < len(name) <= ID_LENGTH:
+        return Reply(None, False, f"id: expected a string of 1 to {ID_LENGTH} characters")
+    wrong = _wrong(message, retained, name, done, now_ms) or _wrong_writes(message["write"], limits)
+    if wrong:
+        return Reply(name, False, wrong)
+    lease = message.get("lease")
+    return WriteCommand(
+        name, message["write"], message["expires"], Duration.parse(lease).s if lease else None
+    )
+
+
+def _wrong(
+    message: Mapping[str, Any], retained: bool, name: str, done: Mapping[str, int], now_ms: int
+) -> str | None:
+    if retained:
+        return "retained: a command is for now, and a retained message is for whenever"
+    if name in done:
+        return "this id was already acted on"
+    if unknown := sorted(set(message) - _KEYS):
+        return f"unknown key {unknown[0]}; expected id, write, expires, lease"
+    if "replay" in message:
+        return "replay is not yet available in this version"
+    expires = message.get("expires")
+    if not isinstance(expires, int) or isinstance(expires, bool):
+        return "expires: expected milliseconds since the Unix epoch"
+    if expires <= now_ms:
+        return f"expired {(now_ms - expires) / 1000:.1f} s ago"
+    if "lease" in message:
+        try:
+            if Duration.parse(message["lease"]) <= 0:
+                return "lease: expected more than nothing"
+        except ValueError as error:
+            return f"lease: {error}"
+    write = message.get("write")
+    if not isinstance(write, dict) or not write:
+        return 'write: expected tags and their values, as in {"battery.setpoint_kw": 10.0}'
+    return None
+
+
+def _wrong_writes(writes: Mapping[str, object], limits: Mapping[str, Limits]) -> str | None:
+    for setpoint, value in writes.items():
+        if setpoint not in limits:
+            return f"{setpoint}: no such tag"
+        if (refusal := check(limits[setpoint], value)) is not None:
+            return f"{setpoint}: {refusal.reason}"
+    return None
+
+
+def remembered(done: Mapping[str, int], now_ms: int) -> dict[str, int]:
+    """Return the ids that must still be known: id to the moment its command expires."""
+    return {name: expires_ms for name, expires_ms in done.items() if expires_ms + KEEP_IDS_MS > now_ms}
+
+
+def as_number(value: Scalar, kind: str) -> Scalar:
+    """Return a value as the engine holds it: numbers are doubles."""
+    return float(value) if kind == "number" and not isinstance(value, str) else value

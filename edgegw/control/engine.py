@@ -1,0 +1,321 @@
+"""The engine: one cycle of control, from a frozen image to what is to be written. Pure.
+
+Phases: inputs, rules, demands, arbitration, guard. The state goes in and comes out; nothing here reads a clock,
+waits or touches a device. The controller runs it on the plant, `rules test` on a recording.
+"""
+
+from collections.abc import Iterator, Mapping
+from math import inf, isclose
+from typing import Any, NamedTuple
+
+from edgegw.control import arbiter
+from edgegw.control.arbiter import Demand
+from edgegw.control.expression import activation
+from edgegw.control.guard import RAMP_TICK_S, History, Limits, Refuse, Wait, check, guard
+from edgegw.control.rule import LinkState, Rule, RuleState, judge
+from edgegw.domain import quality
+from edgegw.domain.image import Latest
+from edgegw.domain.tag import Scalar
+
+RETRY_S = 1.0
+"""How soon a write that could not be confirmed may be tried again, by the next cycle's decision."""
+
+
+class Lease(NamedTuple):
+    """A command's hold on a setpoint: until a moment, or (None) until another command or an islanded link."""
+
+    command: str
+    value: Scalar
+    until_s: float | None
+
+
+class Farewell(NamedTuple):
+    """A last value that a setpoint is still to reach: a rule's `finally`, or `safe`."""
+
+    owner: str
+    value: Scalar
+    cause: str
+    priority: int
+
+
+class State(NamedTuple):
+    """All that control remembers from one cycle to the next."""
+
+    rules: Mapping[str, RuleState] = {}
+    leases: Mapping[str, Lease] = {}
+    farewells: Mapping[str, Farewell] = {}
+    owners: Mapping[str, str] = {}
+    histories: Mapping[str, History] = {}
+    refusals: Mapping[str, str] = {}
+    retry_s: Mapping[str, float] = {}
+
+
+class Planned(NamedTuple):
+    """A write that the guard let through."""
+
+    setpoint: str
+    value: Scalar
+    old: Scalar | None
+    cause: str
+
+
+class Cycle(NamedTuple):
+    """What a cycle comes to."""
+
+    state: State
+    writes: list[Planned]
+    events: list[tuple[str, dict[str, Any]]]
+    due_s: float | None
+    """When the next cycle must be, if nothing happens before."""
+
+
+class Plant(NamedTuple):
+    """What the engine knows of the site: rules, limits, how long each device's readings are good for."""
+
+    rules: tuple[Rule, ...]
+    limits: Mapping[str, Limits]
+    stale_after_s: Mapping[str, float]
+    rule_stale_after_s: Mapping[str, float]
+    hand_back: str
+
+
+def step(
+    plant: Plant, state: State, image: Mapping[str, Latest], link: LinkState, now_s: float,
+    *, extra: Mapping[str, Scalar] | None = None, busy: frozenset[str] = frozenset(),
+) -> Cycle:  # fmt: skip
+    """Run one cycle. `extra` are inputs beside the image (windows); `busy` setpoints have a write on the way."""
+    return _Step(plant, state, image, link, now_s, extra or {}, busy).run()
+
+
+class _Step:
+    """The cycle's working memory."""
+
+    def __init__(
+        self, plant: Plant, state: State, image: Mapping[str, Latest], link: LinkState, now_s: float,
+        extra: Mapping[str, Scalar], busy: frozenset[str],
+    ) -> None:  # fmt: skip
+        self.plant = plant
+        self.image = image
+        self.link = link
+        self.now_s = now_s
+        self.extra = extra
+        self.busy = busy
+        self.rules = dict(state.rules)
+        self.leases = dict(state.leases)
+        self.farewells = dict(state.farewells)
+        self.owners = dict(state.owners)
+        self.histories = dict(state.histories)
+        self.refusals = dict(state.refusals)
+        self.retry_s = {setpoint: at for setpoint, at in state.retry_s.items() if at > now_s}
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.writes: list[Planned] = []
+        self.due: list[float] = list(self.retry_s.values())
+
+    def run(self) -> Cycle:
+        demands = [demand for rule in self.plant.rules for demand in self._rule(rule)]
+        demands += self._leases(frozenset(demand.setpoint for demand in demands))
+        held = frozenset(demand.setpoint for demand in demands)
+        self.farewells = {at: farewell for at, farewell in self.farewells.items() if at not in held}
+        demands += [Demand(at, f.owner, f.priority, f.value, f.cause) for at, f in self.farewells.items()]
+        winners = arbiter.arbitrate(demands)
+        self._authority(winners)
+        for demand in winners.values():
+            if demand.value is not None and demand.setpoint not in self.busy:
+                self._guarded(demand, demand.value)
+        for setpoint in [at for at in self.refusals if at not in winners]:
+            del self.refusals[setpoint]
+        state = State(
+            self.rules, self.leases, self.farewells, self.owners, self.histories, self.refusals, self.retry_s
+        )
+        later = [moment for moment in self.due if moment > self.now_s and moment != inf]
+        return Cycle(state, self.writes, self.events, min(later, default=None))
+
+    # -- inputs ------------------------------------------------------------------------------------------
+
+    def _inputs(self, rule: Rule) -> dict[str, Scalar]:
+        """Return what a rule may read: good and fresh values; uncertain, bad and stale ones are left out."""
+        names = rule.inputs
+        return activation((name, value) for name in names if (value := self._input(rule, name)) is not None)
+
+    def _input(self, rule: Rule, name: str) -> Any:
+        device, _, tag = name.partition(".")
+        latest = self.image.get(device)
+        if latest is None:
+            return self.extra.get(name)
+        stale_after_s = self.plant.rule_stale_after_s.get(rule.name, self.plant.stale_after_s[device])
+        if not latest.held:
+            self.due.append(latest.at_s + stale_after_s + 0.001)
+        if not latest.fresh(self.now_s, stale_after_s) or tag in latest.quality:
+            return None
+        return latest.values.get(tag)
+
+    def _present(self, setpoint: str) -> Scalar | None:
+        """Return what a setpoint holds: what was written last, or read since."""
+        device, _, tag = setpoint.partition(".")
+        history = self.histories.get(setpoint, History())
+        latest = self.image.get(device)
+        if latest is not None and not quality.is_bad(latest.quality.get(tag)):
+            value = latest.values.get(tag)
+            if isinstance(value, bool | int | float | str) and (
+                history.at_s is None or latest.at_s > history.at_s
+            ):
+                return value
+        return history.value
+
+    # -- demands -----------------------------------------------------------------------------------------
+
+    def _rule(self, rule: Rule) -> Iterator[Demand]:
+        inputs = self._inputs(rule)
+        before = self.rules.get(rule.name, RuleState())
+        judged = judge(rule, before, inputs, self.link, self.plant.hand_back, self.now_s)
+        state = judged.state
+        if judged.due_s is not None:
+            self.due.append(judged.due_s)
+        if judged.switched:
+            self.events.append(("rule-on" if state.active else "rule-off", {"rule": rule.name}))
+        if judged.switched and not state.active:
+            self._last_values(rule, inputs)
+        if state.active:
+            wanted = {setpoint: expression.value(inputs) for setpoint, expression in rule.do.items()}
+            decided = judged.decided and None not in wanted.values()
+            state, unsafe = self._undecided(rule, state, decided)
+            for setpoint, value in wanted.items():
+                demand = Demand(setpoint, f"rule:{rule.name}", rule.priority, value, f"rule:{rule.name}")
+                if not decided:
+                    safe = self.plant.limits[setpoint].safe if unsafe else None
+                    demand = demand._replace(value=safe, cause="failsafe")
+                yield demand
+        self.rules[rule.name] = state
+
+    def _undecided(self, rule: Rule, state: RuleState, decided: bool) -> tuple[RuleState, bool]:
+        """Note since when an active rule cannot say what it wants; tell whether `hold` is over."""
+        if decided:
+            return state._replace(undecided_since_s=None), False
+        since_s = self.now_s if state.undecided_since_s is None else state.undecided_since_s
+        ends_s = inf if rule.hold_s is None else since_s + rule.hold_s
+        self.due.append(ends_s)
+        return state._replace(undecided_since_s=since_s), self.now_s >= ends_s
+
+    def _last_values(self, rule: Rule, inputs: Mapping[str, Scalar]) -> None:
+        """Leave the rule's last values behind; where one cannot be decided, `safe`."""
+        for setpoint, expression in rule.last.items():
+            value, cause = expression.value(inputs), f"rule:{rule.name}"
+            if value is None:
+                value, cause = self.plant.limits[setpoint].safe, "failsafe"
+            if value is not None:
+                self.farewells[setpoint] = Farewell(f"rule:{rule.name}", value, cause, rule.priority)
+
+    def _leases(self, ruled: frozenset[str]) -> Iterator[Demand]:
+        """Yield what commands hold; end leases whose time is over, and open-ended ones on an islanded link."""
+        islanded = self.link == "islanded"
+        for setpoint, lease in list(self.leases.items()):
+            if lease.until_s is not None and lease.until_s > self.now_s:
+                self.due.append(lease.until_s)
+            elif lease.until_s is not None or islanded:
+                del self.leases[setpoint]
+                safe = self.plant.limits[setpoint].safe
+                if setpoint not in ruled and safe is not None and lease.until_s is not None:
+                    self.farewells[setpoint] = Farewell("failsafe", safe, "failsafe", 0)
+                continue
+            priority = arbiter.REMOTE_ISLANDED if islanded else arbiter.REMOTE_PRIORITY
+            owner = f"command:{lease.command}"
+            yield Demand(setpoint, owner, priority, lease.value, owner)
+
+    def _authority(self, winners: Mapping[str, Demand]) -> None:
+        """Say of each setpoint whose owner changed who has it now."""
+        for setpoint in sorted({*self.owners, *winners}):
+            was = self.owners.get(setpoint)
+            owner = winners[setpoint].owner if setpoint in winners else None
+            if owner == was:
+                continue
+            self.events.append(("authority", {"tag": setpoint, "owner": owner, "was": was}))
+            if owner is None:
+                del self.owners[setpoint]
+            else:
+                self.owners[setpoint] = owner
+
+    # -- the guard ---------------------------------------------------------------------------------------
+
+    def _guarded(self, demand: Demand, wanted: Scalar) -> None:
+        setpoint, limits = demand.setpoint, self.plant.limits[demand.setpoint]
+        history = self.histories.get(setpoint, History())
+        present = self._present(setpoint)
+        if check(limits, wanted) is None and same(present, wanted):
+            self.refusals.pop(setpoint, None)
+            self.farewells.pop(setpoint, None)
+            return
+        if self.retry_s.get(setpoint, 0.0) > self.now_s:
+            return
+        verdict = guard(limits, history, present, wanted, self.now_s)
+        if isinstance(verdict, Refuse):
+            if self.refusals.get(setpoint) != f"{demand.owner}: {verdict.reason}":
+                fields = {"tag": setpoint, "value": wanted, "cause": demand.cause, "reason": verdict.reason}
+                self.events.append(("write-refused", fields))
+            self.refusals[setpoint] = f"{demand.owner}: {verdict.reason}"
+            self.farewells.pop(setpoint, None)
+        elif isinstance(verdict, Wait):
+            self.due.append(verdict.until_s)
+        else:
+            self.refusals.pop(setpoint, None)
+            self.histories[setpoint] = history.wrote(verdict.value, self.now_s)
+            self.writes.append(Planned(setpoint, verdict.value, present, demand.cause))
+            if not verdict.final:
+                self.due.append(self.now_s + max(limits.min_interval_s, RAMP_TICK_S))
+
+
+def same(present: Scalar | None, wanted: Scalar) -> bool:
+    """Tell whether a setpoint holds what is wanted, as closely as single precision can."""
+    if (
+        isinstance(present, bool)
+        or isinstance(wanted, bool)
+        or isinstance(present, str)
+        or isinstance(wanted, str)
+    ):
+        return type(present) is type(wanted) and present == wanted
+    return present is not None and isclose(present, wanted, rel_tol=1e-6, abs_tol=1e-6)
+
+
+def failed(state: State, setpoint: str, now_s: float) -> State:
+    """Note that a write was not confirmed: what the setpoint holds is not known until it is read again."""
+    history = state.histories.get(setpoint, History())._replace(value=None)
+    return state._replace(
+        histories={**state.histories, setpoint: history}, retry_s={**state.retry_s, setpoint: now_s + RETRY_S}
+    )
+
+
+def command(
+    state: State, name: str, writes: Mapping[str, Scalar], lease_s: float | None, now_s: float
+) -> State:
+    """Give a command its hold on setpoints."""
+    until_s = None if lease_s is None else now_s + lease_s
+    return state._replace(
+        leases={**state.leases, **{at: Lease(name, value, until_s) for at, value in writes.items()}}
+    )
+
+
+def restored(state: State, plant: Plant, now_s: float, *, same_boot: bool) -> State:
+    """Return the state after a restart.
+
+    Every rule has just switched, and a setpoint is read before it ramps. After a reboot the monotonic clock
+    has begun anew: leases are over, and the writes of the last hour count as made now.
+    """
+    names = {rule.name for rule in plant.rules}
+    known = {at for at, limits in plant.limits.items() if limits.writable}
+    rules = {name: RuleState(rule.active, now_s) for name, rule in state.rules.items() if name in names}
+    histories = {
+        at: History(
+            None,
+            history.at_s if same_boot else now_s,
+            history.hour if same_boot else (now_s,) * len(history.hour),
+        )
+        for at, history in state.histories.items()
+        if at in known and history.at_s is not None
+    }
+    leases = {
+        at: lease if same_boot or lease.until_s is None else lease._replace(until_s=now_s)
+        for at, lease in state.leases.items()
+        if at in known
+    }
+    farewells = {at: farewell for at, farewell in state.farewells.items() if at in known}
+    owners = {at: owner for at, owner in state.owners.items() if at in known}
+    return State(rules, leases, farewells, owners, histories)

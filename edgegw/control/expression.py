@@ -1,0 +1,123 @@
+"""Expressions: CEL, type-checked when they are compiled, and undecided rather than wrong when they are evaluated.
+
+cel-expr-python hands back an error as a value whose plain form is a non-empty string, hence true. So a result
+counts only if it is of the type that was compiled for; anything else is None, undecided. An input that is
+missing, bad or stale is left out of what is evaluated: CEL's `||` and `&&` then decide where they can without it.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from math import isfinite
+from typing import Any, NamedTuple, cast
+
+from cel_expr_python import cel
+from cel_expr_python.ext import ext_math
+
+from edgegw.domain.tag import Scalar
+
+KINDS = {"number": cel.Type.DOUBLE, "bool": cel.Type.BOOL, "string": cel.Type.STRING}
+_PLAIN: dict[str, type] = {"number": float, "bool": bool, "string": str}
+_NAME = re.compile(r"\b([a-z][a-z0-9_]{0,62}\.[a-z][a-z0-9_]{0,62})\b(?!\s*\()")
+_TEXT = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'")
+_BARE_INTEGER = re.compile(r"(?<![\w.])(\d+)(?![\w.])")
+
+
+class Expression(NamedTuple):
+    """A compiled expression, the kind of its result and the names that it reads."""
+
+    text: str
+    kind: str
+    inputs: frozenset[str]
+    compiled: Any
+
+    def value(self, activation: Mapping[str, Scalar]) -> Scalar | None:
+        """Return the result, None if it cannot be decided from these inputs."""
+        try:
+            result = self.compiled.eval(data=activation)
+        except RuntimeError:  # the engine's own budgets
+            return None
+        plain = result.plain_value()
+        if type(plain) is not _PLAIN[self.kind] or (
+            self.kind == "string" and result.type() != cel.Type.STRING
+        ):
+            return None
+        if isinstance(plain, float) and not isfinite(plain):
+            return None
+        return cast(Scalar, plain)
+
+
+class Compiler:
+    """Compiles expressions over a fixed set of names."""
+
+    def __init__(self, kinds: Mapping[str, str]) -> None:
+        self._kinds = dict(kinds)
+        number = cel.Type.DOUBLE
+        clamp = cel.Overload("clamp_number", number, [number, number, number], False, _clamp)
+        self._env = cel.NewEnv(
+            variables={name: KINDS[kind] for name, kind in kinds.items()},
+            extensions=[ext_math.ExtMath()],
+            functions=[cel.FunctionDecl("clamp", [clamp])],
+        )
+
+    def compile(self, text: str, kind: str) -> Expression:
+        """Compile for a result of a kind: number, bool or string; raise ValueError with the place and a hint."""
+        try:
+            compiled = self._env.compile(text)
+        except RuntimeError as error:
+            raise ValueError(self._explained(text, str(error))) from None
+        found = compiled.return_type()
+        if found != KINDS[kind]:
+            names = {
+                one: name for name, one in (("number", "DOUBLE"), ("bool", "BOOL"), ("string", "STRING"))
+            }
+            hint = "; write 80.0 for a number" if found.name() == "INT" and kind == "number" else ""
+            raise ValueError(
+                f"{text!r} is a {names.get(found.name(), found.name().lower())}; expected a {kind}{hint}"
+            )
+        return Expression(text, kind, self.names(text), compiled)
+
+    def names(self, text: str) -> frozenset[str]:
+        """Return the names of tags and windows that a text mentions."""
+        return frozenset(name for name in _NAME.findall(_TEXT.sub("", text)) if name in self._kinds)
+
+    def _explained(self, text: str, error: str) -> str:
+        """Turn the engine's error into a line, the text with a caret, and a hint."""
+        match = re.search(r"ERROR: <input>:(\d+):(\d+): (.*?)(?:\n|$)", error)
+        if match is None:
+            return f"{text!r}: {error.splitlines()[0]}"
+        line, column, what = int(match[1]), int(match[2]), match[3]
+        shown = text.splitlines()[line - 1] if text.splitlines() else ""
+        return f"{what}{self._hint(text, what)}\n    {shown}\n    {' ' * (column - 1)}^"
+
+    def _hint(self, text: str, what: str) -> str:
+        if unknown := re.search(r"undeclared reference to '([^']*)'", what):
+            near = get_close_matches(unknown[1], self._kinds, n=1, cutoff=0.5)
+            return f"; did you mean {near[0]}?" if near else f"; there are {_some(self._kinds)}"
+        if (
+            "no matching overload" in what
+            and "int" in what
+            and (bare := _BARE_INTEGER.search(_TEXT.sub("", text)))
+        ):
+            return f"; every number is a double: write {bare[1]}.0 for {bare[1]}"
+        return ""
+
+
+def activation(values: Iterable[tuple[str, Any]]) -> dict[str, Scalar]:
+    """Return what expressions are evaluated with: numbers as doubles, nothing that is not a plain value."""
+    made: dict[str, Scalar] = {}
+    for name, value in values:
+        if isinstance(value, bool | str):
+            made[name] = value
+        elif isinstance(value, int | float) and isfinite(value):
+            made[name] = float(value)
+    return made
+
+
+def _clamp(x: float, low: float, high: float) -> float:
+    return min(max(x, low), high)
+
+
+def _some(names: Iterable[str]) -> str:
+    known = sorted(names)
+    return ", ".join(known[:6]) + (", ..." if len(known) > 6 else "")

@@ -1,0 +1,121 @@
+"""The guard: the one way to any device. It decides whether, when and how far a setpoint may move."""
+
+from math import isfinite
+from typing import NamedTuple
+
+from edgegw.domain.tag import Scalar
+
+HOUR_S = 3600.0
+
+
+class Limits(NamedTuple):
+    """What a tag's configuration says of writing it. `ramp_per_s` is in units a second."""
+
+    writable: bool
+    kind: str
+    min: float | None = None
+    max: float | None = None
+    max_step: float | None = None
+    ramp_per_s: float | None = None
+    min_interval_s: float = 0.0
+    max_per_hour: int | None = None
+    safe: Scalar | None = None
+
+
+class History(NamedTuple):
+    """What was written to a setpoint before: the last value and time, and the times of the last hour."""
+
+    value: Scalar | None = None
+    at_s: float | None = None
+    hour: tuple[float, ...] = ()
+
+    def wrote(self, value: Scalar, now_s: float) -> "History":
+        """Return the history with one more write."""
+        return History(value, now_s, (*(at for at in self.hour if now_s - at < HOUR_S), now_s))
+
+
+class Write(NamedTuple):
+    """Write this value now. It is `final` if it is all the way to what was wanted."""
+
+    value: Scalar
+    final: bool
+
+
+class Wait(NamedTuple):
+    """Nothing may be written before this moment."""
+
+    until_s: float
+
+
+class Refuse(NamedTuple):
+    """What was wanted may not be written at all."""
+
+    reason: str
+
+
+def check(limits: Limits, wanted: object) -> Refuse | None:
+    """Refuse what no moment could make right: a tag that is not writable, a wrong type, a value out of range."""
+    if not limits.writable:
+        return Refuse("not writable")
+    if limits.kind == "bool":
+        return None if isinstance(wanted, bool) else Refuse(f"found {wanted!r}; expected true or false")
+    if limits.kind == "string":
+        return None if isinstance(wanted, str) else Refuse(f"found {wanted!r}; expected a string")
+    if isinstance(wanted, bool) or not isinstance(wanted, int | float):
+        return Refuse(f"found {wanted!r}; expected a number")
+    if not isfinite(wanted):
+        return Refuse("not a finite number")
+    if limits.min is not None and wanted < limits.min:
+        return Refuse(f"{wanted:g} is below min {limits.min:g}")
+    if limits.max is not None and wanted > limits.max:
+        return Refuse(f"{wanted:g} is above max {limits.max:g}")
+    return None
+
+
+def guard(
+    limits: Limits, history: History, present: Scalar | None, wanted: Scalar, now_s: float
+) -> Write | Wait | Refuse:
+    """Decide about writing `wanted` to a setpoint that holds `present` (None: not known) at `now_s`.
+
+    A `ramp` or `max_step` moves the value there in steps, each from what the setpoint holds.
+    """
+    if (refusal := check(limits, wanted)) is not None:
+        return refusal
+    if history.at_s is not None and now_s < history.at_s + limits.min_interval_s:
+        return Wait(history.at_s + limits.min_interval_s)
+    if limits.max_per_hour is not None:
+        hour = [at for at in history.hour if now_s - at < HOUR_S]
+        if len(hour) >= limits.max_per_hour:
+            return Wait(hour[-limits.max_per_hour] + HOUR_S)
+    if limits.kind != "number" or (limits.ramp_per_s is None and limits.max_step is None):
+        return Write(wanted, final=True)
+    if not isinstance(present, int | float) or isinstance(present, bool):
+        return Refuse("the present value is not known, and a ramp or max_step starts from it")
+    step = _step(limits, history, now_s)
+    distance = float(wanted) - present
+    if abs(distance) <= step:
+        return Write(wanted, final=True)
+    if step <= 0.0:
+        return Wait(now_s + RAMP_TICK_S)
+    return Write(_within(limits, present + (step if distance > 0 else -step)), final=False)
+
+
+RAMP_TICK_S = 0.25
+"""How often a ramp moves on where no min_interval says otherwise."""
+
+
+def _step(limits: Limits, history: History, now_s: float) -> float:
+    """Return how far one write may go."""
+    step = limits.max_step if limits.max_step is not None else float("inf")
+    if limits.ramp_per_s is not None:
+        pace_s = max(limits.min_interval_s, RAMP_TICK_S)
+        since_s = pace_s if history.at_s is None else min(now_s - history.at_s, pace_s)
+        step = min(step, limits.ramp_per_s * since_s)
+    return step
+
+
+def _within(limits: Limits, value: float) -> float:
+    """Keep a step within the range: where the setpoint lay outside of it, the first write brings it in."""
+    low = limits.min if limits.min is not None else float("-inf")
+    high = limits.max if limits.max is not None else float("inf")
+    return min(max(value, low), high)
