@@ -31,6 +31,10 @@ class NotConnected(DeviceError):
     """There is no connection to the device right now; a new one is being tried with back-off."""
 
 
+class NotSent(NotConnected):
+    """The connection was gone when the request's turn came: nothing went out."""
+
+
 class Spoilt(NotConnected):
     """What came over the connection cannot be told apart, so it was ended; who spoilt it is not known."""
 
@@ -45,6 +49,10 @@ class BadAnswer(DeviceError):
 
 class Refused(DeviceError):
     """The device answered that it will not; it is alive."""
+
+
+class Unconfirmed(DeviceError):
+    """A write may have taken effect or not: never send it again because of this, look at the device first."""
 
 
 class JournalError(EdgegwError):

@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from edgegw.domain.record import Scan
+from edgegw.domain.tag import Scalar, Value
 
 
 class Driver(Protocol):
@@ -28,6 +29,16 @@ class Driver(Protocol):
         """Return the device's next readings: one scan, or one for each timestamp the source gave.
 
         A polled device is read now. A subscribed device returns when readings have come.
+        """
+        ...
+
+    async def write(self, tag: str, value: Scalar) -> Value:
+        """Write one tag, at most once, and return what reading it back gives, in the tag's unit.
+
+        Whether the tag may be written, and how far, is the guard's business; whether what comes back is what was
+        meant is the caller's. Raises errors.Unconfirmed if it is not known whether the write took effect, and any
+        other DeviceError if it did not: Refused by the device, or here because the tag cannot hold the value;
+        NotConnected if nothing could be sent. The write is never sent a second time.
         """
         ...
 

@@ -1,5 +1,6 @@
 """The Modbus driver: plans a device's reads once, then asks and decodes block by block."""
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -10,13 +11,13 @@ from edgegw import clock
 from edgegw.config.schema import ModbusDevice
 from edgegw.domain import quality
 from edgegw.domain.record import Scan
-from edgegw.domain.tag import Value
-from edgegw.drivers.modbus import pdu
-from edgegw.drivers.modbus.plan import Block, plan, split
+from edgegw.domain.tag import Scalar, Value
+from edgegw.drivers.modbus import pdu, writing
+from edgegw.drivers.modbus.plan import Block, Placed, plan, split
 from edgegw.drivers.modbus.registers import Decoded, compile_block
 from edgegw.drivers.modbus.transport import Transport
 from edgegw.drivers.session import Session, Sessions
-from edgegw.errors import DeviceError, NoAnswer, NotConnected, Refused, Spoilt
+from edgegw.errors import DeviceError, NoAnswer, NotConnected, NotSent, Refused, Spoilt, Unconfirmed
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class ModbusDriver:
         self._reads = [_read(block) for block in plan(config.tags, config.max_block, config.max_gap)]
         self._session: Session[Transport] | None = None
         self._alone = False
+        self._writing = asyncio.Lock()
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -54,6 +56,7 @@ class ModbusDriver:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._session = None
         await self._stack.aclose()
 
     async def scan(self) -> Sequence[Scan]:
@@ -62,6 +65,26 @@ class ModbusDriver:
             return await self._scan()
         except DeviceError as error:
             raise type(error)(error.reason, f"{self._where}: {error}") from None
+
+    async def write(self, tag: str, value: Scalar) -> Value:
+        """Write one tag, at most once, and return what reading it back gives; raise DeviceError."""
+        point = self._config.tags[tag]
+        table, start, _ = point.address
+        read = _read(Block(table, start, point.registers, (Placed(tag, point, 0),)))
+        try:
+            if self._config.unit == 0 and not self._config.url.startswith(("tcp:", "tls:")):
+                raise Refused(
+                    "broadcast", "found unit 0, which is every device on a line; expected one of them"
+                )
+            request = writing.write_request(point, value)
+            async with self._writing:
+                transport = await self._ready()
+                if point.address.bit is not None:
+                    request = writing.write_request(point, value, await self._data(transport, read))
+                await self._send(transport, request)
+                return await self._read_back(transport, read)
+        except DeviceError as error:
+            raise type(error)(error.reason, f"{self._where}: {tag}: {error}") from None
 
     async def check(self) -> str:
         """Connect, read once, and return a line that says what was found."""
@@ -76,6 +99,7 @@ class ModbusDriver:
 
     async def _join(self, *, own: bool) -> None:
         """Use the connection that the unit shares with its neighbours, or one of its own."""
+        self._session = None  # a write meanwhile is told so, instead of waiting for one that ends
         await self._stack.aclose()
         lease = self._sessions.lease(
             self._config.url, self._timeout_s, own=self._config.unit if own else None
@@ -89,9 +113,10 @@ class ModbusDriver:
         A connection that was spoilt may have been spoilt by a neighbour, or spoil the neighbours: from then on
         the unit uses one of its own, as long as that can be had.
         """
-        assert self._session is not None
+        if self._session is None:
+            await self._join(own=self._alone)  # the last scan was cancelled while it changed connections
         try:
-            transport = await self._session.ready()
+            transport = await self._ready()
         except NotConnected:
             if self._alone:
                 await self._join(own=False)
@@ -103,7 +128,50 @@ class ModbusDriver:
                 await self._join(own=True)
         except NotConnected:
             pass
-        return await self._read_all(await self._session.ready())
+        return await self._read_all(await self._ready())
+
+    async def _ready(self) -> Transport:
+        if self._session is None:
+            raise NotConnected("not-connected", "no connection; the device is not being scanned right now")
+        return await self._session.ready()
+
+    async def _send(self, transport: Transport, request: bytes) -> None:
+        """Send a write request, the one time that it is sent, and return when the device says that it took it."""
+        try:
+            pdu.check_written(request, await transport.call(self._config.unit, request, self._timeout_s))
+        except NotSent:
+            raise
+        except Refused as error:
+            if error.reason == "acknowledge":  # taken, and takes its time: to send it again would be wrong
+                return
+            if error.reason == "gateway-target-silent":
+                raise _unconfirmed(error) from None
+            raise
+        except asyncio.CancelledError:
+            transport.recall()
+            raise
+        except DeviceError as error:
+            transport.recall()
+            raise _unconfirmed(error) from None
+
+    async def _read_back(self, transport: Transport, read: _Read) -> Value:
+        """Read one tag, on a second connection if the first is lost."""
+        try:
+            try:
+                data = await self._data(transport, read)
+            except NotConnected:
+                data = await self._data(await self._ready(), read)
+        except DeviceError as error:
+            raise Unconfirmed("read-back", f"written, but not read back: {error}") from None
+        (value,), bad = read.decode(data)
+        if bad:
+            raise Unconfirmed("read-back", f"written, but reads back as {', '.join(bad.values())}")
+        return value
+
+    async def _data(self, transport: Transport, read: _Read) -> bytes:
+        return pdu.read_answer(
+            read.request, await transport.call(self._config.unit, read.request, self._timeout_s)
+        )
 
     async def _read_all(self, transport: Transport) -> Sequence[Scan]:
         values: dict[str, Value] = {}
@@ -116,8 +184,7 @@ class ModbusDriver:
         self, transport: Transport, read: _Read, values: dict[str, Value], qualities: dict[str, str]
     ) -> None:
         try:
-            answer = await transport.call(self._config.unit, read.request, self._timeout_s)
-            data = pdu.read_answer(read.request, answer)
+            data = await self._data(transport, read)
         except Refused as error:
             if error.reason.startswith("gateway-"):
                 raise NoAnswer(error.reason, str(error)) from None
@@ -152,3 +219,7 @@ class ModbusDriver:
 def _read(block: Block) -> _Read:
     request = pdu.read_request(block.function, block.start, block.size)
     return _Read(block, request, tuple(placed.name for placed in block.tags), compile_block(block))
+
+
+def _unconfirmed(error: DeviceError) -> Unconfirmed:
+    return Unconfirmed(error.reason, f"{error}; whether it was written is not known")

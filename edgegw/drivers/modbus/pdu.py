@@ -23,18 +23,45 @@ def read_request(function: int, start: int, count: int) -> bytes:
     return struct.pack(">BHH", function, start, count)
 
 
+def write_coil_request(address: int, on: bool) -> bytes:
+    """Return the PDU that writes one coil (6.5)."""
+    return struct.pack(">BHH", 5, address, 0xFF00 if on else 0)
+
+
+def write_registers_request(start: int, data: bytes) -> bytes:
+    """Return the PDU that writes the bytes of one register (6.6) or of several (6.12)."""
+    if len(data) == 2:
+        return struct.pack(">BH", 6, start) + data
+    return struct.pack(">BHHB", 16, start, len(data) // 2, len(data)) + data
+
+
 def read_answer(request: bytes, answer: bytes) -> bytes:
     """Return the data bytes of the answer to a read request.
 
     Raise Refused for an exception response, BadAnswer for anything that does not answer this very request.
     """
     function = request[0]
-    if answer[:1] == request[:1]:
-        count = int.from_bytes(request[3:5], "big")
-        size = (count + 7) // 8 if function in (1, 2) else count * 2
-        if len(answer) == size + 2 and answer[1] == size:
-            return answer[2:]
-        raise BadAnswer("wrong-length", f"an answer of {len(answer)} bytes; expected {size + 2}")
+    _check_function(function, answer)
+    count = int.from_bytes(request[3:5], "big")
+    size = (count + 7) // 8 if function in (1, 2) else count * 2
+    if len(answer) == size + 2 and answer[1] == size:
+        return answer[2:]
+    raise BadAnswer("wrong-length", f"an answer of {len(answer)} bytes; expected {size + 2}")
+
+
+def check_written(request: bytes, answer: bytes) -> None:
+    """Return if an answer is the echo of this very write: function, address, and value or count.
+
+    Raise Refused for an exception response, BadAnswer for anything else.
+    """
+    _check_function(request[0], answer)
+    if answer != request[:5]:
+        raise BadAnswer("wrong-echo", f"an answer of {answer.hex(' ')}; expected {request[:5].hex(' ')}")
+
+
+def _check_function(function: int, answer: bytes) -> None:
+    if answer[:1] == bytes((function,)):
+        return
     if len(answer) == 2 and answer[0] == function | 0x80:
         reason = EXCEPTIONS.get(answer[1], f"exception-{answer[1]}")
         raise Refused(reason, f"exception {answer[1]} ({reason})")

@@ -16,10 +16,11 @@ from edgegw.domain.quality import BAD_TEXT, NOT_A_NUMBER
 from edgegw.domain.tag import Value
 from edgegw.drivers.modbus.plan import Block
 
-_CODES = {
+CODES = {
     "bool": "H", "int16": "h", "uint16": "H", "int32": "i", "uint32": "I", "int64": "q", "uint64": "Q",
     "float32": "f", "float64": "d",
 }  # fmt: skip
+"""What `struct` calls each type."""
 
 Decoded = tuple[Sequence[Value], dict[str, str] | None]
 """The values in the order of the block's tags, and the quality of those that are not good."""
@@ -109,7 +110,7 @@ def _layout(block: Block) -> tuple[struct.Struct, Callable[[bytes], bytes] | Non
 
 
 def _code(tag: ModbusTag) -> str:
-    return f"{tag.registers * 2}s" if tag.type.startswith("string:") else _CODES[tag.type]
+    return f"{tag.registers * 2}s" if tag.type.startswith("string:") else CODES[tag.type]
 
 
 def byte_places(tag: ModbusTag, size: int) -> list[int]:

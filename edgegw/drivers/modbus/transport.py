@@ -18,7 +18,8 @@ from pymodbus.exceptions import ModbusException
 from pymodbus.framer import FramerSocket, FramerType
 from pymodbus.pdu import DecodePDU, ModbusPDU
 
-from edgegw.errors import BadAnswer, DeviceError, NoAnswer, NotConnected, Spoilt
+from edgegw.drivers import delivery
+from edgegw.errors import BadAnswer, DeviceError, NoAnswer, NotConnected, NotSent, Spoilt
 
 logging.getLogger("pymodbus").setLevel(logging.CRITICAL)  # what goes wrong is said once, by the scanner
 
@@ -48,7 +49,11 @@ class Transport(Protocol):
         ...
 
     async def call(self, unit: int, pdu: bytes, timeout_s: float) -> bytes:
-        """Send a request PDU and return the PDU that answers it; raise DeviceError."""
+        """Send a request PDU and return the PDU that answers it; raise DeviceError, NotSent if nothing went out."""
+        ...
+
+    def recall(self) -> None:
+        """Have nothing that was sent and has not been delivered arrive later, at the price of the connection."""
         ...
 
     def close(self) -> None:
@@ -102,8 +107,13 @@ class TcpTransport:
     async def call(self, unit: int, pdu: bytes, timeout_s: float) -> bytes:
         """Send a request PDU and return the PDU that answers it; raise DeviceError."""
         if self._wire is None:
-            raise NotConnected("not-connected", "no connection")
+            raise NotSent("not-connected", "no connection")
         return await self._wire.call(unit, pdu, timeout_s)
+
+    def recall(self) -> None:
+        """End the connection if what was sent on it is not delivered."""
+        if self._wire is not None:
+            self._wire.recall()
 
     def close(self) -> None:
         """Close the connection; what is on the way raises NotConnected."""
@@ -184,7 +194,7 @@ class _Wire(asyncio.Protocol):
             await self._turn()
         if not self.open or self._transport is None:
             self._pass_on()
-            raise NotConnected("connection-lost", "the connection is gone; a new one is being tried")
+            raise NotSent("connection-lost", "the connection is gone; a new one is being tried")
         self._tid = tid = self._tid % 0xFFFF + 1
         if tid in self._waiting:
             self._pass_on()
@@ -248,10 +258,15 @@ class _Wire(asyncio.Protocol):
                 NotConnected("timeout", f"nothing came back for {MUTE} requests; the connection is made anew")
             )
 
+    def recall(self) -> None:
+        if self.open and self._transport is not None and delivery.undelivered(self._transport):
+            self.fail(NotConnected("timeout", "nothing is taken any more; the connection is made anew"))
+
     def fail(self, error: DeviceError) -> None:
-        """End the connection; every request on the way gets the error."""
+        """End the connection, with what it has not delivered; every request on the way gets the error."""
         self.open = False
         if self._transport is not None:
+            delivery.discard(self._transport)
             self._transport.abort()
         for _, answer in self._waiting.values():
             if not answer.done():
@@ -334,7 +349,7 @@ class RtuTransport:
         async with self._turn:
             client = self._client
             if client is None or not client.connected:
-                raise NotConnected("not-connected", "no connection")
+                raise NotSent("not-connected", "no connection")
             client.ctx.comm_params.timeout_connect = timeout_s
             response: Any = None
             try:
@@ -356,7 +371,12 @@ class RtuTransport:
         """Close the connection; what is on the way raises NotConnected."""
         client, self._client = self._client, None
         if client is not None:
+            if isinstance(client, AsyncModbusTcpClient) and client.ctx.transport is not None:
+                delivery.discard(cast(asyncio.Transport, client.ctx.transport))
             client.close()
+
+    def recall(self) -> None:
+        """Do nothing: a request without an answer has ended the connection already."""
 
 
 def _still_wanted() -> None:

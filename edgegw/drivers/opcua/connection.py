@@ -17,9 +17,11 @@ from asyncua import ua
 from asyncua.client.client import Client
 from asyncua.ua.attribute_ids import AttributeIds
 from asyncua.ua.object_ids import ObjectIds
+from asyncua.ua.uaerrors import UaStatusCodeError
 
 from edgegw import clock
-from edgegw.drivers.opcua import failures, values
+from edgegw.drivers import delivery
+from edgegw.drivers.opcua import failures, values, writing
 from edgegw.errors import BadAnswer, DeviceError, NoAnswer, NotConnected
 
 PORT = 4840
@@ -54,6 +56,7 @@ class Connection:
         self._silent_after_s = math.inf
         self._heard_s = math.inf
         self._sequence: int | None = None
+        self._types: dict[ua.NodeId, ua.VariantType] = {}
         self.read_limit = CALL_NODES
         self.items_limit = CALL_NODES
 
@@ -83,6 +86,36 @@ class Connection:
                     self._distrust(f"found {len(answer)} values; expected {len(chunk)}")
                 found += answer
         return found
+
+    async def node_type(self, node: ua.NodeId) -> ua.VariantType:
+        """Return the type in which a node is written, asked once; raise DeviceError."""
+        if node not in self._types:
+            (value,) = await self.read([node])
+            (data_type,) = await self.read([node], AttributeIds.DataType)
+            self._types[node] = writing.node_type(value, data_type)
+        return self._types[node]
+
+    async def write(self, node: ua.NodeId, value: ua.Variant) -> None:
+        """Write a node's value, the one time that it is sent.
+
+        Raises Unconfirmed if it may have been written, another DeviceError if it was not. Neither status nor time
+        is sent, which many a server refuses to take (OPC UA Part 4, 5.10.4).
+        """
+        if not self._usable:
+            raise NotConnected("connection-lost", "the connection is gone; a new one is being tried")
+        data = ua.DataValue(value, StatusCode=None)
+        try:
+            statuses = await self._client.uaclient.session.write_attributes([node], [data])
+        except asyncio.CancelledError:
+            self._recall()
+            raise
+        except failures.FOREIGN as error:
+            raise self._write_failed(error) from error
+        if len(statuses) != 1:
+            self.lose(BadAnswer("bad-answer", f"found {len(statuses)} statuses; expected 1"))
+            raise writing.unconfirmed("bad-answer", f"found {len(statuses)} statuses; expected 1")
+        if statuses[0].is_bad():
+            raise writing.failure(statuses[0].value)
 
     async def subscribe(
         self, nodes: Sequence[ua.NodeId], every_s: float, published: Published
@@ -173,6 +206,7 @@ class Connection:
         protocol = self._client.uaclient.protocol
         transport = protocol.transport if protocol is not None else None
         if self._failure is not None and transport is not None:
+            delivery.discard(transport)
             transport.abort()  # nobody will answer a farewell
             await asyncio.sleep(0)
         # in a task of its own: asyncua swallows a cancellation that comes while it winds up its tasks
@@ -181,11 +215,36 @@ class Connection:
             await asyncio.wait([closing], timeout=self._timeout_s)
         finally:
             if transport is not None:
+                delivery.discard(transport)
                 transport.abort()
             closing.cancel()
             await asyncio.wait([closing])
             with contextlib.suppress(asyncio.CancelledError, *failures.FOREIGN):
                 closing.result()  # the server forgets the session by itself after SESSION_S
+
+    @property
+    def _usable(self) -> bool:
+        protocol = self._client.uaclient.protocol
+        transport = protocol.transport if protocol is not None else None
+        return self._failure is None and transport is not None and not transport.is_closing()
+
+    def _write_failed(self, error: Exception) -> DeviceError:
+        """Return our error for a write; a service that the server refused on a sound connection was not done."""
+        ours = failures.ours(error, "writing", self._timeout_s)
+        usable = self._usable
+        if isinstance(ours, NotConnected | BadAnswer):
+            self.lose(ours)
+        if isinstance(error, UaStatusCodeError) and usable:
+            return ours if isinstance(ours, NotConnected) else writing.failure(error.code)
+        self._recall()
+        return writing.unconfirmed(ours.reason, str(ours))
+
+    def _recall(self) -> None:
+        """Give the connection up if what was sent on it is not delivered: it must not arrive later."""
+        protocol = self._client.uaclient.protocol
+        transport = protocol.transport if protocol is not None else None
+        if transport is not None and delivery.undelivered(transport):
+            self.lose(NotConnected("timeout", "nothing is taken any more; the connection is made anew"))
 
     async def _limit(self, name: str) -> int:
         node: int = getattr(ObjectIds, f"Server_ServerCapabilities_OperationLimits_{name}")

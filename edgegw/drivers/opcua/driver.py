@@ -11,11 +11,13 @@ from asyncua import ua
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from edgegw import clock
-from edgegw.config.schema import OpcUaDevice
+from edgegw.config.schema import OpcUaDevice, OpcUaTag
+from edgegw.domain import quality
 from edgegw.domain.record import Scan
-from edgegw.drivers.opcua import values
+from edgegw.domain.tag import Scalar, Value
+from edgegw.drivers.opcua import values, writing
 from edgegw.drivers.opcua.connection import Connection
-from edgegw.errors import DeviceError, NotConnected
+from edgegw.errors import DeviceError, NotConnected, Unconfirmed
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,31 @@ class OpcUaDriver:
         """
         return await (self._published() if self.period_s is None else self._poll())
 
+    async def write(self, tag: str, value: Scalar) -> Value:
+        """Write one tag, at most once, and return what reading it back gives; raise DeviceError."""
+        point = self._config.tags[tag]
+        node = ua.NodeId.from_string(point.address)
+        try:
+            connection = await self._connected()
+        except DeviceError as error:
+            raise NotConnected(error.reason, f"{error}; {tag} was not written") from error
+        try:
+            kind = await connection.node_type(node)
+            await connection.write(node, writing.encode(point, value, kind))
+            return await self._read_back(connection, point, node)
+        except DeviceError as error:
+            raise type(error)(error.reason, f"{self._where}: {tag}: {error}") from error
+
+    async def _read_back(self, connection: Connection, point: OpcUaTag, node: ua.NodeId) -> Value:
+        try:
+            (data,) = await connection.read([node])
+        except DeviceError as error:
+            raise Unconfirmed("read-back", f"written, but not read back: {error}") from error
+        reading = values.decode(point, data)
+        if quality.is_bad(reading.quality):
+            raise Unconfirmed("read-back", f"written, but reads back as {reading.quality}")
+        return reading.value
+
     async def check(self) -> str:
         """Read all tags once, whatever the mode, and return a line that says what was found."""
         connection = await self._connected()
@@ -119,7 +146,10 @@ class OpcUaDriver:
         return scans
 
     async def _wait(self) -> None:
-        assert self._task is not None
+        if self._task is None or self._task.cancelled():
+            raise NotConnected(
+                "not-connected", f"{self._where}: no connection; the device is not being scanned right now"
+            )
         if self._task.done():
             self._task.result()
         self._news.clear()

@@ -25,8 +25,9 @@ UNSUPPORTED_TYPE = bad("unsupported-type")
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MEANINGLESS_YEAR = 9999
-_RANGES = {f"{sign}int{bits}": (bits, sign == "") for bits in (16, 32, 64) for sign in ("", "u")}
-_CODE_BITS = 0xFFFF0000
+_RANGES = {f"{sign}int{bits}": (bits, sign == "") for bits in (8, 16, 32, 64) for sign in ("", "u")}
+CODE_BITS = 0xFFFF0000
+"""The part of a status that is its code; the rest are flags."""
 _OVERFLOW = 0x0480
 """InfoType DataValue with the overflow bit: the server threw older values of this item away."""
 
@@ -75,7 +76,7 @@ def status_quality(status: ua.StatusCode | None) -> str | None:
 
 def reason(code: int) -> str:
     """Return the short word for a status code: `node-id-unknown` for BadNodeIdUnknown."""
-    name, _ = code_to_name_doc.get(code & _CODE_BITS, ("", ""))
+    name, _ = code_to_name_doc.get(code & CODE_BITS, ("", ""))
     words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+|\d+", name)
     return "-".join(words[1:]).lower() or f"status-{code:08x}"
 
@@ -164,11 +165,16 @@ def _typed(kind: str, raw: Scalar) -> Scalar:
         case ("float32" | "float64", int()) if not isinstance(raw, bool) and abs(raw) <= 2**53:
             return float(raw)
         case (_, int()) if kind in _RANGES and not isinstance(raw, bool):
-            bits, signed = _RANGES[kind]
-            low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if signed else (0, 2**bits)
-            if low <= raw < high:
+            if in_range(kind, raw):
                 return raw
     raise _WrongError(TYPE_MISMATCH)
+
+
+def in_range(kind: str, raw: int) -> bool:
+    """Tell whether an integer type holds a number."""
+    bits, signed = _RANGES[kind]
+    low = -1 << bits - 1 if signed else 0
+    return low <= raw < low + (1 << bits)
 
 
 def _finished(tag: OpcUaTag, raw: Scalar) -> Scalar:
