@@ -1,7 +1,8 @@
 """The benchmarks: real processes on this machine, each figure counted outside the gateway.
 
 `sustained` raises the demand until less than 97 % of it arrives at a subscriber; `drain` builds a backlog
-and lets the broker come back; `start` measures from exec to the first published batch.
+and lets the broker come back; `start` measures from exec to the first published batch; `control` from an answer's
+bytes to the bytes of the write that a rule makes of it.
 """
 
 import argparse
@@ -231,9 +232,26 @@ def start() -> dict[str, float]:
         return {"first_batch_s": round(batch, 2), "rss_at_rest_mb": round(rss_mb(gateway.pid), 1)}
 
 
+def control(seconds: float) -> list[dict[str, float]]:
+    """Measure control's reaction, with a quick disk and with one that stalls."""
+    import uvloop
+    from bench_control import DEVICES as CONTROLLED
+    from bench_control import measure
+
+    rows = []
+    for delay_us in (0, 200_000):
+        with tempfile.TemporaryDirectory(prefix="edgegw-bench-") as name:
+            ports = free_port(CONTROLLED), free_port(1)
+            with mosquitto(Path(name), ports[1]):
+                rows.append(uvloop.run(measure(Path(name), *ports, seconds, delay_us)))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="?", default="all", choices=["sustained", "drain", "start", "all"])
+    parser.add_argument(
+        "what", nargs="?", default="all", choices=["sustained", "drain", "start", "control", "all"]
+    )
     parser.add_argument("--seconds", type=float, default=8.0, help="how long each demand is measured")
     parser.add_argument("--demand", type=float, action="append", help="readings a second to ask for")
     parser.add_argument("--backlog", type=int, default=1_000_000, help="readings of the backlog to drain")
@@ -248,6 +266,8 @@ def main() -> None:
         )
     if asked.what in ("drain", "all"):
         results["drain"] = drain(asked.backlog)
+    if asked.what in ("control", "all"):
+        results["control"] = control(max(20.0, asked.seconds))
     if asked.json:
         print(json.dumps(results, indent=2))
         return

@@ -114,10 +114,11 @@ def _rule(
         return None, problems
     hold_s = None if config.hold is None else config.hold.s
     several = [when, *([until] if until else []), *do.values(), *last.values()]
-    inputs: frozenset[str] = frozenset().union(*(expression.inputs for expression in several))
+    inputs = sorted({name for expression in several for name in expression.inputs})
+    devices = sorted({name.partition(".")[0] for name in inputs})
     rule = Rule(
         name, when, until, do, last, config.link, config.priority,
-        config.for_.s, config.min_on.s, config.min_off.s, hold_s, inputs,
+        config.for_.s, config.min_on.s, config.min_off.s, hold_s, tuple(inputs), tuple(devices),
     )  # fmt: skip
     return rule, []
 

@@ -24,7 +24,7 @@ from edgegw.errors import DeviceError
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 0.008
+PATIENCE_S = 0.005
 """How long an act waits for its entry to be durable."""
 COMMAND_PATIENCE_S = 5.0
 """How long a command waits for its id to be durable; without that it is not acted on."""
@@ -68,6 +68,7 @@ class Controller:
         self._ledger = ledger
         self._link = link
         self._write = write
+        self._memo = engine.Memo()
         self._due = asyncio.Event()
         self._busy: dict[str, asyncio.Task[str | None]] = {}
         self._settling: set[asyncio.Task[bool]] = set()
@@ -123,7 +124,9 @@ class Controller:
         """Run one cycle now; return when the next must be."""
         now_s = clock.mono_s()
         busy = frozenset(self._busy)
-        cycle = engine.step(self._plant, self.state, self._image.frozen(), self._link(), now_s, busy=busy)
+        cycle = engine.step(
+            self._plant, self.state, self._image.frozen(), self._link(), now_s, busy=busy, memo=self._memo
+        )
         self.cycles += 1
         self._take(cycle)
         return cycle.due_s

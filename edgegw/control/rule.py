@@ -24,8 +24,10 @@ class Rule(NamedTuple):
     min_off_s: float
     hold_s: float | None
     """How long a setpoint keeps its value while the rule is undecided; None for as long as that lasts."""
-    inputs: frozenset[str]
+    inputs: tuple[str, ...]
     """The names that any of its expressions reads."""
+    devices: tuple[str, ...]
+    """The devices (or windows) of these names."""
 
 
 class RuleState(NamedTuple):
