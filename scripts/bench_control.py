@@ -66,10 +66,12 @@ def configuration(port: int, broker_port: int) -> str:
     """Return the configuration of 50 devices and 100 rules, half of which look at two devices."""
     text = f'[gateway]\nid = "bench"\n[status]\nhttp = ""\n[uplink]\nurl = "mqtt://127.0.0.1:{broker_port}"\n'
     for i in range(DEVICES):
-        text += f'[device.d{i}]\ndriver = "modbus"\nurl = "tcp://127.0.0.1:{port + i}"\nevery = "100ms"\n[device.d{i}.tags]\n'
+        text += f'[device.d{i}]\ndriver = "modbus"\nurl = "tcp://127.0.0.1:{port + i}"\nevery = "100ms"\n'
+        text += f"[device.d{i}.tags]\n"
         text += 'v = { address = "holding:0", type = "float32" }\n'
         for name, at in (("sp", 2), ("sp2", 4)):
-            text += f'{name} = {{ address = "holding:{at}", type = "float32", writable = true, min = 0.0, max = 100.0 }}\n'
+            limits = "writable = true, min = 0.0, max = 100.0"
+            text += f'{name} = {{ address = "holding:{at}", type = "float32", {limits} }}\n'
     for i in range(RULES // 2):
         other = (i + 1) % DEVICES
         text += f'[rule.a{i}]\nwhen = "d{i}.v > 50.0"\ndo = {{ "d{i}.sp" = 1.0 }}\nfinally = {{ "d{i}.sp" = 0.0 }}\n'
