@@ -78,17 +78,18 @@ class Store:
             self.path.touch(0o640)
             db = self._db = apsw.Connection(str(self.path))
             db.set_busy_timeout(OPEN_WAIT_MS)
+            application = db.pragma("application_id")
+            new = application == 0 and db.pragma("schema_version") == 0
+            if not new and (application != APPLICATION_ID or db.pragma("user_version") != VERSION):
+                raise JournalDamaged(
+                    f"journal {self.path}: not a journal of this version; expected one that edgegw made"
+                )
             db.pragma("page_size", PAGE)
             db.pragma("journal_mode", "wal")
             db.pragma("synchronous", "FULL")
             db.pragma("wal_autocheckpoint", 0)
-            application = db.pragma("application_id")
-            if application == 0 and db.pragma("schema_version") == 0:
+            if new:
                 self._create(db, now_ms)
-            elif application != APPLICATION_ID or db.pragma("user_version") != VERSION:
-                raise JournalDamaged(
-                    f"journal {self.path}: not a journal of this version; expected one that edgegw made"
-                )
             elif check and (found := db.pragma("quick_check")) != "ok":
                 raise JournalDamaged(f"journal {self.path}: {found}")
             db.pragma("max_page_count", self._max_pages)

@@ -290,7 +290,7 @@ class Writer:
             expired = retention.NOTHING
         if (acked := self._acked_due(now=last)) is not None:
             store.append([], acked=acked)
-        self._checkpoint(store)
+            self._checkpoint(store)
         flushed, self._flushes = self._flushes, []
         if flushed:
             self._tell(None, flushed)
@@ -442,7 +442,8 @@ class Writer:
                 upto, digest = follower.seq - 1, bytes.fromhex(prev)
                 break
             ranges.append((first, upto))
-            for gone in settled.gaps(first, upto):
+            # with the newest batch goes a gap event in its place, also if the upstream has it: the tip stays
+            for gone in list(settled.gaps(first, upto)) or ([(first, upto)] if follower is None else []):
                 known = digest if gone[1] == upto else store.last_digest(*gone)
                 lost.append(Loss(*gone, known, [gone], "damaged"))
         for damage in self._damages if lost else ():
