@@ -62,6 +62,7 @@ class Hand:
         self, path: Path, journal: JournalConfig | None = None, max_message: int = 128 * 1024
     ) -> None:
         self.path = path
+        self.mark = path.with_name(f"{path.name}.mark")
         self.told: list[Told] = []
         self.flushed: list[asyncio.Future[None]] = []
         self.inbox = Inbox()
@@ -113,6 +114,7 @@ class Kept(NamedTuple):
     """What a journal's file holds."""
 
     stream: str
+    batches: dict[int, Batch]
     bodies: dict[int, bytes]
     acked: Ranges
     head: int
@@ -122,8 +124,9 @@ def kept(path: Path) -> Kept:
     """Read a journal's file, every batch checked against its hash."""
     reader = Reader(path)
     try:
-        bodies = {batch.seq: unpack(batch) for batch in walk(reader)}
-        return Kept(reader.stream, bodies, reader.acked(), reader.tip().head)
+        held = {batch.seq: batch for batch in walk(reader)}
+        bodies = {seq: unpack(batch) for seq, batch in held.items()}
+        return Kept(reader.stream, held, bodies, reader.acked(), reader.tip().head)
     finally:
         reader.close()
 
