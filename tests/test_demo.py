@@ -19,6 +19,7 @@ from edgegw.demo.evidence import gather, read_database, read_journal
 from edgegw.demo.judge import Course, Evidence, Journaled, Received, Span, judge, longest_hole
 from edgegw.demo.screen import Screen
 from edgegw.demo.site import MODBUS_PERIODS_MS
+from edgegw.demo.support import Support
 from edgegw.errors import EdgegwError
 from edgegw.receiver import wire
 
@@ -67,6 +68,9 @@ def test_the_fast_demo_loses_nothing_and_says_so(run: Run) -> None:
     assert verdict["chain"]["verified"]
     assert (verdict["streams"], verdict["starts"], verdict["altered"]) == (1, 2, 0)
     assert verdict["backlog_records"] > 10
+    assert verdict["control"]["dips"] == len(verdict["control"]["answers_ms"]) == 2
+    assert max(verdict["control"]["answers_ms"]) < 500
+    assert verdict["control"]["handed_back"]
     assert verdict["latency_ms"]["median"] <= verdict["latency_ms"]["limit"] == 500
     assert set(verdict["holes_ms"]) == set(MODBUS_PERIODS_MS)
 
@@ -140,7 +144,11 @@ COURSE = Course(250, {"meter1": 500}, GONE, KILLED, BACK)
 
 
 def scan(ts: int) -> dict[str, Any]:
-    return {"ts": ts, "device": "meter1", "values": {"voltage": 230.0}}
+    return {"ts": ts, "device": "meter1", "values": {"frequency": 49.6 if ts == 10_500 else 50.0}}
+
+
+def wrote(ts: int, value: float) -> dict[str, Any]:
+    return {"ts": ts, "event": "write", "tag": "battery.setpoint_kw", "new": value, "ok": True}
 
 
 def told_story(latency_ms: int = 100) -> Iterator[tuple[bytes, int]]:
@@ -149,6 +157,7 @@ def told_story(latency_ms: int = 100) -> Iterator[tuple[bytes, int]]:
     yield chain.event({"ts": 9_000, "event": "start"}), 9_050
     for ts in range(9_000, 12_000, 500):
         yield chain.records([scan(ts)]), ts + 100 if ts < GONE else BACK + 300
+    yield chain.event(wrote(10_507, 30.0), wrote(11_003, 0.0)), BACK + 300
     yield chain.event({"ts": 13_000, "event": "start"}), BACK + 300
     for ts in range(13_000, 15_000, 500):
         yield chain.records([scan(ts)]), BACK + 300
@@ -167,10 +176,28 @@ def evidence(told: list[tuple[bytes, int]], missing: int | None = None) -> Evide
 def test_a_story_without_loss_is_ok() -> None:
     verdict = judge(evidence(list(told_story())), COURSE)
     assert verdict.ok, verdict.as_json()["failed"]
-    assert (verdict.made, verdict.received, verdict.starts) == (16, 16, 2)
-    assert (verdict.outage_ms, verdict.backlog, verdict.drain_ms) == (BACK + 200 - GONE, 9, 100)
+    assert (verdict.made, verdict.received, verdict.starts) == (18, 18, 2)
+    assert (verdict.outage_ms, verdict.backlog, verdict.drain_ms) == (BACK + 200 - GONE, 11, 100)
     assert verdict.latencies_ms == [100, 100, 100]
     assert verdict.blind_ms == 13_000 - 11_500
+
+
+def test_the_dip_and_the_answer_are_read_from_the_records() -> None:
+    found = judge(evidence(list(told_story())), COURSE).support
+    assert found == Support(lowest_hz=49.6, dips=1, answers_ms=[7], written=2, handed_back=True)
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes", "failed"),
+    [
+        (b'"new": 30.0', b'"new": 29.0', ["battery answered after"]),
+        (b'"new": 0.0', b'"new": 1.0', ["setpoint on the return"]),
+        (b"49.6", b"50.6", ["frequency dips seen"]),
+    ],
+)
+def test_a_dip_without_an_answer_fails_the_verdict(was: bytes, becomes: bytes, failed: list[str]) -> None:
+    told = [(body.replace(was, becomes), at) for body, at in told_story()]
+    assert set(failed) <= set(judge(evidence(told), COURSE).as_json()["failed"])
 
 
 def test_each_batch_that_is_missing_fails_the_verdict() -> None:

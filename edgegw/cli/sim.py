@@ -38,7 +38,8 @@ def command(
 
     A meter with the grid's breaker, a battery, a solar inverter and a genset over Modbus TCP, and a weather
     station over OPC UA: one small microgrid whose powers balance, and which acts on what is written to it.
-    Prints a line for each endpoint and then `ready`; runs until SIGINT or SIGTERM.
+    Prints a line for each endpoint and then `ready`; runs until SIGINT or SIGTERM. SIGUSR1 makes the grid's
+    frequency dip for a few seconds.
     """
     from edgegw.sim import field
 

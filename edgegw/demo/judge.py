@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from edgegw.demo.support import support
 from edgegw.demo.verdict import Verdict
 from edgegw.domain.batch import Kind, verify
 from edgegw.domain.ranges import Ranges
@@ -96,6 +97,7 @@ def judge(evidence: Evidence, course: Course) -> Verdict:
         holes_ms={device: longest_hole(stamps[device], outage, crash) for device in course.periods_ms},
         hole_limits_ms={name: 2 * period + HOLE_MARGIN_MS for name, period in course.periods_ms.items()},
         blind_ms=_blind(stamps.values(), course.killed_ms),
+        support=support(item.batch for item in own),
     )
 
 

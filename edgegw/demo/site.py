@@ -15,6 +15,10 @@ MQTT = "3.1.1"
 COMMIT_INTERVAL_MS = 250
 MODBUS_PERIODS_MS = {"meter1": 500, "battery": 250, "solar": 500, "genset": 1000}
 OPCUA_PERIODS_MS = {"plant": 500}
+LOW_HZ, WELL_HZ = 49.8, 49.9
+SUPPORT_KW = 30.0
+SETPOINT = "battery.setpoint_kw"
+"""What the battery gives while the grid's frequency is low and nobody upstream can ask for it."""
 _FIRST_PORT, _LAST_PORT = 20_000, 32_000
 """Below what the kernel gives to outgoing connections: one of those could take the broker's place."""
 
@@ -90,6 +94,7 @@ class Site(NamedTuple):
             url = f"opc.tcp://{HOST}:{self.port + 4}/"
             text += _DEVICE.format(name="plant", driver="opcua", url=url, every=OPCUA_PERIODS_MS["plant"])
             text += f'mode = "poll"\ntimestamp = "gateway"\n[device.plant.tags]\n{_PLANT}'
+        text += _RULE
         return text
 
 
@@ -109,6 +114,15 @@ def _is_free(port: int) -> bool:
             return False
     return True
 
+
+_RULE = f"""
+[rule.support]
+when    = "meter1.frequency < {LOW_HZ}"
+until   = "meter1.frequency > {WELL_HZ}"
+link    = "offline"
+do      = {{ "{SETPOINT}" = {SUPPORT_KW} }}
+finally = {{ "{SETPOINT}" = 0.0 }}
+"""
 
 _GATEWAY = """\
 [gateway]
@@ -147,6 +161,7 @@ _BATTERY = """\
 soc         = { address = "input:0", type = "uint16", unit = "%", scale = 0.1 }
 power_kw    = { address = "input:1", type = "int32", unit = "kW", scale = 0.001 }
 temperature = { address = "input:3", type = "int16", unit = "°C", scale = 0.1 }
+setpoint_kw = { address = "holding:10", type = "float32", writable = true, min = -50.0, max = 50.0, safe = 0.0 }
 """
 
 _SOLAR = """\

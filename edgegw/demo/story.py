@@ -1,6 +1,7 @@
 """The story: poll, lose the broker, go on, be killed, start again, get the broker back, drain, count."""
 
 import json
+import signal
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,6 +94,11 @@ class Story:
         self._stay(self._pace.offline_s)
         self._until(lambda status: _waiting(status) > 0, "something waits in the journal")
         self._tell_figures()
+        self._until(lambda status: _link(status) == "islanded", "the gateway takes over")
+        self._screen.phase("the grid dips", "nobody upstream can be asked: the battery answers by rule")
+        self._parts["sim"].signal(signal.SIGUSR1)
+        self._until(lambda status: _rule_on(status), "the rule acts")
+        self._until(lambda status: not _rule_on(status), "the dip is over")
         return gone_ms
 
     def _kill_the_gateway(self) -> int:
@@ -107,6 +113,10 @@ class Story:
         self._until(lambda status: _polling(status) and _head(status) > head, "it polls again")
         self._stay(self._pace.offline_again_s)
         self._tell_figures()
+        self._until(lambda status: _link(status) == "islanded", "it takes over again")
+        self._screen.phase("it dips again", "and lasts until the link is back: the rule must then let go")
+        self._parts["sim"].signal(signal.SIGUSR1)
+        self._until(lambda status: _rule_on(status), "the rule acts")
         return killed_ms
 
     def _return(self) -> int:
@@ -121,6 +131,7 @@ class Story:
         head = self._head_now()
         self._screen.phase("drain", "the backlog goes out beside the live readings")
         self._until(lambda status: _drained(status, head), "the backlog is gone")
+        self._until(lambda status: not _rule_on(status), "the rule has let go")
         self._tell_figures()
         self._screen.phase("live again", "how soon is a new reading in the receiver's database?")
         self._stay(self._pace.live_s)
@@ -192,6 +203,10 @@ def _head(status: Status | None) -> int:
 
 def _waiting(status: Status | None) -> int:
     return int(status["journal"]["pending_records"]) if status else 0
+
+
+def _rule_on(status: Status | None) -> bool:
+    return bool(status and status["rules"]["support"]["active"])
 
 
 def _polling(status: Status | None) -> bool:

@@ -3,6 +3,7 @@
 from statistics import median
 from typing import Any, NamedTuple
 
+from edgegw.demo.support import Support
 from edgegw.domain.batch import ChainReport
 
 LATENCY_MARGIN_MS = 1000
@@ -39,6 +40,7 @@ class Verdict(NamedTuple):
     holes_ms: dict[str, int]
     hole_limits_ms: dict[str, int]
     blind_ms: int
+    support: Support
 
     @property
     def ok(self) -> bool:
@@ -68,6 +70,25 @@ class Verdict(NamedTuple):
             Finding("not polled for the crash", f"{self.blind_ms / 1000:.1f} s", None),
             *self._polling(),
             *self._return(),
+            *self._control(),
+        ]
+
+    def _control(self) -> list[Finding]:
+        support = self.support
+        answers = ", ".join(f"{answer} ms" for answer in support.answers_ms) or "never"
+        back = "given back to zero" if support.handed_back else "NOT given back"
+        return [
+            Finding(
+                "frequency dips seen",
+                f"{support.dips}, down to {support.lowest_hz or 0:.2f} Hz",
+                support.dips > 0,
+            ),
+            Finding("battery answered after", answers, len(support.answers_ms) == support.dips),
+            Finding(
+                "setpoint on the return",
+                f"{back}, {support.written} writes in the ledger",
+                support.handed_back,
+            ),
         ]
 
     def _polling(self) -> list[Finding]:
@@ -118,6 +139,7 @@ class Verdict(NamedTuple):
             "not_polled_for_crash_ms": self.blind_ms,
             "backlog_records": self.backlog,
             "drain_ms": self.drain_ms,
+            "control": self.support._asdict(),
             "latency_ms": {
                 "median": median(live) if live else None,
                 "max": max(live, default=None),

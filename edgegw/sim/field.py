@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import Any
@@ -12,6 +13,8 @@ from edgegw.sim import plant
 from edgegw.sim.plant import State
 
 TICK_S = 0.1
+DIP_S = 4.0
+"""How long the grid's frequency stays low after SIGUSR1."""
 
 
 class ListenError(EdgegwError):
@@ -30,6 +33,10 @@ class Field:
 
     def __init__(self, state: State) -> None:
         self.state = state
+
+    def dip(self, lasts_s: float) -> None:
+        """Have the grid's frequency dip."""
+        self.state = plant.dip(self.state, lasts_s)
 
     async def run(self) -> None:
         """Step the plant in real time until cancelled."""
@@ -56,11 +63,13 @@ async def serve(
 ) -> None:
     """Simulate the site until cancelled; with `opcua_port` None there is no OPC UA server.
 
+    SIGUSR1 makes the grid's frequency dip for a few seconds.
     `ready` is called with a line for each endpoint once all listen. Raises ListenError.
     """
     from edgegw.sim import modbus
 
     field = Field(plant.start(day_s=day_s, hour=hour, seed=seed))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, field.dip, DIP_S)
     ports = {"meter1": meter_port, "battery": battery_port, "solar": solar_port, "genset": genset_port}
     work: list[Callable[[], Coroutine[Any, Any, None]]] = [field.run]
     async with AsyncExitStack() as stack:

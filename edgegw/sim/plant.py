@@ -20,6 +20,8 @@ GENSET_KW = 60.0
 GENSET_START_S = 5.0
 GENSET_RAMP_KW_S = 10.0
 GENSET_KWH_PER_FUEL = 400.0
+DIP_HZ = 0.4
+"""How far the grid's frequency falls when a large plant elsewhere is lost."""
 
 
 class Genset(IntEnum):
@@ -58,6 +60,7 @@ class State:
     grid_kw: float = 0.0
     voltage_v: float = 230.0
     frequency_hz: float = 50.0
+    dip_s: float = 0.0
     import_kwh: float = 0.0
     export_kwh: float = 0.0
 
@@ -70,6 +73,11 @@ class State:
     def cloudy(self) -> bool:
         """Whether clouds take more than a third of the light."""
         return weather.clouds(self.seed, self.time_s) > 1 / 3
+
+
+def dip(state: State, lasts_s: float) -> State:
+    """Return the plant on a grid whose frequency has just dipped, for so long."""
+    return replace(state, dip_s=lasts_s)
 
 
 def start(*, day_s: float = weather.DAY_S, hour: float = 10.0, seed: int = 1) -> State:
@@ -158,6 +166,7 @@ def _meter(state: State, dt_s: float) -> State:
     if state.breaker:
         voltage = 230.0 - 0.03 * state.grid_kw + 0.8 * unrest
         frequency = 50.0 + 0.02 * weather.noise(state.seed + 5, state.time_s, 4.0)
+        frequency -= DIP_HZ if state.dip_s > 0.0 else 0.0
     elif state.load_kw > 0.0:
         voltage = 230.0 + 0.2 * unrest
         frequency = 50.0 - 0.4 * state.battery_kw / BATTERY_KW
@@ -167,6 +176,7 @@ def _meter(state: State, dt_s: float) -> State:
         state,
         voltage_v=voltage,
         frequency_hz=frequency,
+        dip_s=max(0.0, state.dip_s - dt_s),
         import_kwh=state.import_kwh + max(0.0, state.grid_kw) * hours,
         export_kwh=state.export_kwh + max(0.0, -state.grid_kw) * hours,
         solar_kwh=state.solar_kwh + state.solar_kw * hours,
