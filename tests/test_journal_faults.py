@@ -381,7 +381,7 @@ def test_a_damage_found_while_running_is_named_from_what_memory_knows(tmp_path: 
 
 
 def test_after_a_file_was_set_aside_the_new_one_has_a_wal_of_its_own(tmp_path: Path) -> None:
-    """SQLite unlinks a WAL by its name when a connection closes: none may be open on the file set aside."""
+    """SQLite unlinks a WAL by its name when a connection closes; that of the file set aside takes no other's."""
     hand = filled(tmp_path / "journal.db", 60)
     hand.close()
     content = bytearray(hand.path.read_bytes())
@@ -808,6 +808,40 @@ def test_a_row_with_a_wrong_column_costs_its_batch_alone_and_the_chain_verifies(
         heard = {one.batch.seq: one.body for one in [*hand.told, *drained.hand.told]}
         assert not chain(heard.values()).breaks
     drained.close()
+
+
+@pytest.mark.parametrize("others_acknowledged", [False, True])
+def test_a_row_that_has_vanished_is_found_and_named(tmp_path: Path, others_acknowledged: bool) -> None:
+    hand = Hand(tmp_path / "journal.db", config())
+    for n in range(0, 20, 2):
+        hand.turn(scan(n), scan(n + 1))
+    if others_acknowledged:
+        hand.acknowledge(one for one in hand.told if one.batch.seq != 8)
+    hand.close()
+    db = apsw.Connection(str(hand.path))
+    db.execute("DELETE FROM batch WHERE seq = 8")
+    db.close()
+    drained = Drained(Hand(hand.path, config()))
+    drained.drain()
+    told = drained.hand.told
+    (gap,) = events(told, "gap")
+    assert (gap["from"], gap["to"], gap["reason"]) == (8, 9, "damaged")
+    assert gap["last_prev"] == next(one for one in hand.told if one.batch.seq == 8).batch.digest.hex()
+    assert len(told) == 1, "it is named once"
+    drained.close()
+
+
+def test_a_settled_range_with_a_flipped_bit_is_sent_again_and_hides_nothing(tmp_path: Path) -> None:
+    hand = filled(tmp_path / "journal.db", 10)
+    hand.acknowledge(one for one in hand.told if one.batch.seq in (1, 2, 5))
+    hand.close()
+    db = apsw.Connection(str(hand.path))
+    assert db.execute("SELECT first, last FROM acked").fetchall() == [(1, 2), (5, 5)]
+    db.execute("UPDATE acked SET last = 1026 WHERE first = 1")
+    db.close()
+    again = Hand(hand.path, config())
+    assert list(again.settled.copy()) == [(5, 5)]
+    again.close()
 
 
 def test_gap_events_of_the_fault_tests_are_seen() -> None:

@@ -62,8 +62,7 @@ class Store:
     def open(self, now_ms: int, *, check: bool) -> Self:
         """Open the file, or make one with a new stream; `check` looks through the b-trees first.
 
-        What cannot be opened is closed again before the error goes on: SQLite unlinks a WAL by its name when the
-        last connection to a file goes, and a name may by then belong to the file that took its place.
+        What cannot be opened is closed again before the error goes on: the file may be moved next.
         """
         try:
             self._prepare(now_ms, check)
