@@ -55,13 +55,15 @@ def load(path: Path, *, inspect: Callable[[Config], list[Problem]] | None = None
         sound = config = Config.model_validate(raw)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=True)
-        problems += [_problem(raw, one) for one in found]
+        missed = {(*where[:2], "tags") for where, _ in problems}  # they were to come with the profile
+        problems += [_problem(raw, one) for one in found if one["loc"][:2] + one["loc"][3:] not in missed]
         sound, gone = _sound_part(raw, [place for place, _ in problems])
     if inspect is not None and sound is not None:
         problems += [
             (where, what) for where, what in inspect(sound) if not any(name in what for name in gone)
         ]
     if problems or config is None:
+        problems.sort(key=lambda problem: _line(lines, problem[0]) or 0)
         raise ConfigError([_located(path, lines, where, what) for where, what in problems])
     return config
 
@@ -116,8 +118,16 @@ def secret(path: str, config_path: Path) -> str:
         ) from None
 
 
+def _line(lines: dict[tuple[str, ...], int], where: tuple[str, ...]) -> int | None:
+    """Return the line of a key, else of the innermost table around it, else of the first key within."""
+    for n in range(len(where), 0, -1):
+        if where[:n] in lines:
+            return lines[where[:n]]
+    return min((line for key, line in lines.items() if where and key[: len(where)] == where), default=None)
+
+
 def _located(path: Path, lines: dict[tuple[str, ...], int], where: tuple[str, ...], what: str) -> str:
-    line = next((lines[where[:n]] for n in range(len(where), 0, -1) if where[:n] in lines), None)
+    line = _line(lines, where)
     place = f"{path}:{line}" if line else str(path)
     return f"{place}: {'.'.join(where)}: {what}" if where else f"{place}: {what}"
 
@@ -153,6 +163,9 @@ def _problem(raw: dict[str, Any], found: Any) -> Problem:
         case "tuple_type":
             return where, f"found {value!r}; expected a string or a list of strings"
     message = found["msg"]
+    expected = message.removeprefix("Input should be ")
+    if expected != message:
+        return where, f"found {value!r}; expected {expected}"
     return where, f"found {value!r}; {message[0].lower()}{message[1:]}"
 
 
@@ -173,4 +186,6 @@ def _keys_at(where: tuple[str, ...], raw: dict[str, Any]) -> list[str]:
             model = args[1]
         if not isinstance(model, type) and isinstance(here, dict) and "driver" in here:
             model = _DRIVERS.get(here["driver"], model)
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        return []
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -156,17 +156,21 @@ class Status(Model):
     @classmethod
     def _http(cls, value: str) -> str:
         if value:
-            _check_url(f"http://{value}", ("http",), 'HOST:PORT, or "" for none')
+            host, _, port = value.rpartition(":")
+            if not host or "/" in host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+                raise ValueError(f'found {value!r}; expected HOST:PORT, or "" for none')
         return value
 
 
-def _check_url(url: str, schemes: tuple[str, ...], expected: str, *, port: bool = False) -> None:
+def _check_url(url: str, schemes: tuple[str, ...], expected: str) -> None:
     try:
         parts = urlsplit(url)
-        fine = parts.scheme in schemes and bool(parts.hostname) and (not port or parts.port is not None)
-        fine = fine and (parts.port is None or parts.port >= 0) and not parts.password
+        fine = parts.scheme in schemes and bool(parts.hostname) and (parts.port is None or parts.port > 0)
     except ValueError:
         fine = False
+    if "@" in url:
+        shown = re.sub(r"//.*@", "//...@", url)  # what stands there may be a secret
+        raise ValueError(f"found {shown!r}; expected {expected}, without user name and password")
     if not fine:
         raise ValueError(f"found {url!r}; expected {expected}")
 
@@ -387,7 +391,7 @@ class OpcUaDevice(Device):
     @classmethod
     def _later(cls, value: str) -> str:
         if value not in ("", "None"):
-            raise not_yet("OPC UA security and user names")
+            raise not_yet("OPC UA with security or a user name")
         return value
 
 
@@ -430,6 +434,15 @@ class Config(Model):
     device: dict[Name, AnyDevice] = Field(default_factory=dict)
     rule: dict[Name, Rule] = Field(default_factory=dict)
     window: Annotated[dict[str, Any], BeforeValidator(_later_section)] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.journal.max_size < 8 * self.uplink.max_message:
+            raise ValueError(
+                f"found journal.max_size {self.journal.max_size} bytes; expected at least eight times "
+                f"uplink.max_message, {self.uplink.max_message} bytes"
+            )
+        return self
 
     @property
     def topic(self) -> str:
