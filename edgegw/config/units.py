@@ -18,7 +18,9 @@ class _Quantity(int):
         """Read a number and a unit; raise ValueError with what would have been right."""
         if isinstance(text, cls):
             return text
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text) if isinstance(text, str) else None
+        match = (
+            re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]+)", text) if isinstance(text, str) else None
+        )
         if match is None or match[2] not in cls.units:
             raise ValueError(
                 f"found {text!r}; expected a number and a unit of {', '.join(cls.units)}, as in {cls.example}"

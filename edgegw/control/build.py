@@ -69,7 +69,15 @@ def _limits(tag: Guard) -> Limits:
         0.0 if tag.min_interval is None else tag.min_interval.s,
         tag.max_per_hour,
         tag.safe,
+        _resolution(tag),
     )
+
+
+def _resolution(tag: Guard) -> float:
+    """Return what one step of an integer register comes to; 0 where there are no steps."""
+    if isinstance(tag, ModbusTag | OpcUaTag) and tag.type.startswith(("int", "uint")):
+        return abs(tag.scale)
+    return 0.0
 
 
 def _odd_limits(where: tuple[str, ...], tag: Guard, limits: Limits) -> Problems:

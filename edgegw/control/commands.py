@@ -14,6 +14,9 @@ COMMAND_BYTES = 64 * 1024
 ID_LENGTH = 128
 KEEP_IDS_MS = 86_400_000
 """How long an id is remembered after its command expired, in case the clock goes back."""
+IDS = 4096
+"""Ids remembered: of commands that can still act all, of expired ones as many as there is room for."""
+LATEST_MS = 2**53
 _KEYS = {"id", "write", "expires", "lease", "replay"}
 
 
@@ -28,7 +31,7 @@ def read(
         return Reply(None, False, f"{len(payload)} bytes; expected {COMMAND_BYTES} at most")
     try:
         message = msgspec.json.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return Reply(None, False, f"not JSON: {error}")
     if not isinstance(message, dict):
         return Reply(None, False, "expected an object with id, write and expires")
@@ -52,14 +55,18 @@ def _wrong(
     if name in done:
         return "this id was already acted on"
     if unknown := sorted(set(message) - _KEYS):
-        return f"unknown key {unknown[0]}; expected id, write, expires, lease"
+        return f"unknown key {unknown[0][:60]}; expected id, write, expires, lease"
     if "replay" in message:
         return "replay is not yet available in this version"
     expires = message.get("expires")
-    if not isinstance(expires, int) or isinstance(expires, bool):
+    if not isinstance(expires, int) or isinstance(expires, bool) or not 0 <= expires < LATEST_MS:
         return "expires: expected milliseconds since the Unix epoch"
     if expires <= now_ms:
         return f"expired {(now_ms - expires) / 1000:.1f} s ago"
+    if sum(until_ms > now_ms for until_ms in done.values()) >= IDS:
+        return (
+            f"{IDS} commands have not expired yet, and no more ids are remembered; expected shorter expires"
+        )
     if "lease" in message:
         try:
             if Duration.parse(message["lease"]) <= 0:
@@ -75,7 +82,7 @@ def _wrong(
 def _wrong_writes(writes: Mapping[str, object], limits: Mapping[str, Limits]) -> str | None:
     for setpoint, value in writes.items():
         if setpoint not in limits:
-            return f"{setpoint}: no such tag"
+            return f"{setpoint[:130]}: no such tag"
         if (refusal := check(limits[setpoint], value)) is not None:
             return f"{setpoint}: {refusal.reason}"
     return None
@@ -83,7 +90,8 @@ def _wrong_writes(writes: Mapping[str, object], limits: Mapping[str, Limits]) ->
 
 def remembered(done: Mapping[str, int], now_ms: int) -> dict[str, int]:
     """Return the ids that must still be known: id to the moment its command expires."""
-    return {name: expires_ms for name, expires_ms in done.items() if expires_ms + KEEP_IDS_MS > now_ms}
+    kept = [(expires_ms, name) for name, expires_ms in done.items() if expires_ms + KEEP_IDS_MS > now_ms]
+    return {name: expires_ms for expires_ms, name in sorted(kept)[-(IDS - 1) :]}
 
 
 def as_number(value: Scalar, kind: str) -> Scalar:

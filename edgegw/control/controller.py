@@ -5,6 +5,7 @@ before it is done. A disk that does not take the entry in time does not stop the
 """
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
@@ -28,8 +29,8 @@ PATIENCE_S = 0.005
 """How long an act waits for its entry to be durable."""
 COMMAND_PATIENCE_S = 5.0
 """How long a command waits for its id to be durable; without that it is not acted on."""
-
-
+SAVE_S = 1.0
+"""How soon timers that have begun or ended are saved; what was decided or done is saved at once."""
 ANSWERS = 256
 """Answers kept for commands that a broker may deliver twice."""
 
@@ -52,6 +53,7 @@ class _Memory(msgspec.Struct):
     boot: str
     state: State
     done: dict[str, int]
+    saved_s: float
 
 
 class Controller:
@@ -74,6 +76,9 @@ class Controller:
         self._settling: set[asyncio.Task[bool]] = set()
         self._done: dict[str, int] = {}
         self._answers: dict[bytes, asyncio.Future[Reply]] = {}
+        self._saved: tuple[object, ...] = ()
+        self._saving: asyncio.TimerHandle | None = None
+        self._leaving = False
         self._memory = memory
         self._devices = {name.partition(".")[0] for rule in plant.rules for name in rule.inputs}
         self._devices |= {name.partition(".")[0] for name, limits in plant.limits.items() if limits.writable}
@@ -115,7 +120,10 @@ class Controller:
                 continue
 
     async def settle(self) -> None:
-        """Wait for the writes that are on their way, and save what must survive."""
+        """Take no more commands, wait for the writes that are on their way, and save what must survive."""
+        self._leaving = True
+        if self._saving is not None:
+            self._saving.cancel()
         if self._busy:
             await asyncio.wait(list(self._busy.values()))
         await self._memory.save(self._remembered())
@@ -134,6 +142,7 @@ class Controller:
     def _take(self, cycle: Cycle) -> None:
         self.state = cycle.state
         if not cycle.events and not cycle.writes:
+            self._save_soon()
             return
         now_ms = clock.wall_ms()
         for name, fields in cycle.events:
@@ -152,6 +161,19 @@ class Controller:
         for planned in cycle.writes:
             task = asyncio.create_task(self._carry_out(planned, durable), name=f"write {planned.setpoint}")
             self._busy[planned.setpoint] = task
+
+    def _save_soon(self) -> None:
+        """Have what must survive saved within SAVE_S, if it has changed or a timer runs."""
+        if self._saving is not None or self._leaving:
+            return
+        if self._lasting() != self._saved or engine.counting(self._plant, self.state, clock.mono_s()):
+            self._saving = asyncio.get_running_loop().call_later(SAVE_S, self._save_now)
+
+    def _save_now(self) -> None:
+        self._saving = None
+        task = asyncio.create_task(self._memory.save(self._remembered()))
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
 
     async def _durable(self, patience_s: float) -> bool:
         """Tell whether entries and memory became durable within so long."""
@@ -175,7 +197,10 @@ class Controller:
             log.warning("%s; written by %s", failure, planned.cause)
         else:
             outcome["read"] = found
-            if not isinstance(found, bool | int | float | str) or not engine.same(found, planned.value):
+            resolution = self._plant.limits[planned.setpoint].resolution
+            if not isinstance(found, bool | int | float | str) or not engine.same(
+                found, planned.value, resolution
+            ):
                 error = "read-back"
         finally:
             self._busy.pop(planned.setpoint, None)
@@ -183,8 +208,8 @@ class Controller:
         outcome |= {"ok": error is None} | ({"error": error} if error else {})
         if not in_time:
             outcome["late"] = True  # the act went first: the entry of the intent was not yet durable
-        if error:
-            self.state = engine.failed(self.state, planned.setpoint, clock.mono_s())
+        note = engine.failed if error else engine.confirmed
+        self.state = note(self.state, planned.setpoint, clock.mono_s())
         self._ledger.append(Event(clock.wall_ms(), "write", outcome))
         return error
 
@@ -192,11 +217,13 @@ class Controller:
 
     async def command(self, payload: bytes, *, retained: bool = False) -> Reply:
         """Act on a command once, and answer it; the same message once more gets the same answer."""
-        again = self._answers.get(payload)
+        message = hashlib.sha256(payload).digest()
+        again = self._answers.get(message)
         if again is not None and not retained:
             return await asyncio.shield(again)
         answer = asyncio.ensure_future(self._command(payload, retained))
-        self._answers[payload] = answer
+        if not retained:
+            self._answers[message] = answer
         while len(self._answers) > ANSWERS:
             del self._answers[next(iter(self._answers))]
         return await asyncio.shield(answer)
@@ -208,6 +235,8 @@ class Controller:
         )
         if isinstance(asked, Reply):
             return self._answered(asked)
+        if (objection := self._objection(asked)) is not None:
+            return self._answered(Reply(asked.id, False, objection))
         self._done = {**commands.remembered(self._done, now_ms), asked.id: asked.expires_ms}
         fields = {
             "id": asked.id,
@@ -229,39 +258,61 @@ class Controller:
 
     async def _obey(self, asked: WriteCommand) -> Reply:
         """Give the command its hold, run a cycle, and wait for what it writes."""
-        kinds = {setpoint: self._plant.limits[setpoint].kind for setpoint in asked.writes}
-        writes = {at: commands.as_number(value, kinds[at]) for at, value in asked.writes.items()}
-        self.state = engine.command(self.state, asked.id, writes, asked.lease_s, clock.mono_s())
-        for setpoint in writes:
-            if (busy := self._busy.get(setpoint)) is not None:
-                await asyncio.wait([busy])
+        while busy := [self._busy[setpoint] for setpoint in asked.writes if setpoint in self._busy]:
+            await asyncio.wait(busy)
+        if (objection := self._objection(asked)) is not None:
+            return Reply(asked.id, False, objection)
+        self.state = self._given(asked)
         self.cycle()
         self._due.set()
-        for setpoint in writes:
-            owner = self.state.owners.get(setpoint)
-            if owner != f"command:{asked.id}":
-                return Reply(asked.id, False, f"{setpoint}: {owner} has authority")
-            if (refusal := self.state.refusals.get(setpoint)) is not None:
-                return Reply(asked.id, False, f"{setpoint}: {refusal.partition(': ')[2]}")
-            if (busy := self._busy.get(setpoint)) is not None and (error := await asyncio.shield(busy)):
-                return Reply(asked.id, False, f"{setpoint}: not confirmed: {error}")
+        for setpoint in asked.writes:
+            if (busy_now := self._busy.get(setpoint)) and (error := await asyncio.shield(busy_now)):
+                return Reply(asked.id, False, f"{setpoint}: not confirmed: {error}; it is tried again")
         return Reply(asked.id, True)
+
+    def _objection(self, asked: WriteCommand) -> str | None:
+        """Say why the command cannot have its setpoints now, from a cycle that is only tried."""
+        if self._leaving:
+            return "the gateway is stopping or taking up a new configuration; nothing was written"
+        now_s, busy = clock.mono_s(), frozenset(self._busy)
+        tried = engine.step(
+            self._plant, self._given(asked), self._image.frozen(), self._link(), now_s, busy=busy
+        )
+        for setpoint in asked.writes:
+            owner, refusal = tried.state.owners.get(setpoint), tried.state.refusals.get(setpoint)
+            if owner != f"command:{asked.id}":
+                return f"{setpoint}: {owner or 'nobody'} has authority"
+            if refusal is not None and refusal.owner == owner:
+                return f"{setpoint}: {refusal.reason}"
+        return None
+
+    def _given(self, asked: WriteCommand) -> State:
+        """Return the state in which the command holds its setpoints."""
+        kinds = {setpoint: self._plant.limits[setpoint].kind for setpoint in asked.writes}
+        writes = {at: commands.as_number(value, kinds[at]) for at, value in asked.writes.items()}
+        return engine.command(self.state, asked.id, writes, asked.lease_s, clock.mono_s())
 
     # -- memory ------------------------------------------------------------------------------------------
 
+    def _lasting(self) -> tuple[object, ...]:
+        """Return what a restart must find again, as far as cycles change it."""
+        state = self.state
+        return state.rules, state.leases, state.farewells, state.owners
+
     def _remembered(self) -> bytes:
-        return msgspec.json.encode(_Memory(clock.boot_id(), self.state, self._done))
+        self._saved = self._lasting()
+        return msgspec.json.encode(_Memory(clock.boot_id(), self.state, self._done, clock.mono_s()))
 
     def _restore(self, memory: bytes | None) -> None:
         """Take up what was remembered; rules and setpoints that are no more are let go."""
-        if memory is None:
-            return
-        try:
-            known = msgspec.json.decode(memory, type=_Memory)
-        except msgspec.MsgspecError as error:
-            log.error("control: what was remembered cannot be read (%s); every rule begins anew", error)
-            return
+        boot, now_s = clock.boot_id(), clock.mono_s()
+        known = _Memory(boot, State(), {}, now_s)
+        if memory is not None:
+            try:
+                known = msgspec.json.decode(memory, type=_Memory)
+            except msgspec.MsgspecError as error:
+                log.error("control: what was remembered cannot be read (%s); every rule begins anew", error)
         self._done = known.done
         self.state = engine.restored(
-            known.state, self._plant, clock.mono_s(), same_boot=known.boot == clock.boot_id()
+            known.state, self._plant, now_s, saved_s=known.saved_s, same_boot=known.boot == boot
         )

@@ -4,7 +4,7 @@ Phases: inputs, rules, demands, arbitration, guard. The state goes in and comes 
 waits or touches a device. The controller runs it on the plant, `rules test` on a recording.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import inf, isclose
 from typing import Any, NamedTuple
 
@@ -38,16 +38,25 @@ class Farewell(NamedTuple):
     priority: int
 
 
+class Refusal(NamedTuple):
+    """What the guard last said no to: whom, which limit, and why."""
+
+    owner: str
+    limit: str
+    reason: str
+
+
 class State(NamedTuple):
-    """All that control remembers from one cycle to the next."""
+    """All that control remembers from one cycle to the next; `began_s` is when it took up its work."""
 
     rules: Mapping[str, RuleState] = {}
     leases: Mapping[str, Lease] = {}
     farewells: Mapping[str, Farewell] = {}
     owners: Mapping[str, str] = {}
     histories: Mapping[str, History] = {}
-    refusals: Mapping[str, str] = {}
+    refusals: Mapping[str, Refusal] = {}
     retry_s: Mapping[str, float] = {}
+    began_s: float = -inf
 
 
 class Planned(NamedTuple):
@@ -129,6 +138,7 @@ class _Step:
         self.histories = dict(state.histories)
         self.refusals = dict(state.refusals)
         self.retry_s = {setpoint: at for setpoint, at in state.retry_s.items() if at > now_s}
+        self.began_s = state.began_s
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.writes: list[Planned] = []
         self.due: list[float] = list(self.retry_s.values())
@@ -149,8 +159,9 @@ class _Step:
         for setpoint in [at for at in self.refusals if at not in winners]:
             del self.refusals[setpoint]
         state = State(
-            self.rules, self.leases, self.farewells, self.owners, self.histories, self.refusals, self.retry_s
-        )
+            self.rules, self.leases, self.farewells, self.owners, self.histories, self.refusals, self.retry_s,
+            self.began_s,
+        )  # fmt: skip
         later = [moment for moment in self.due if moment > self.now_s and moment != inf]
         return Cycle(state, self.writes, self.events, min(later, default=None))
 
@@ -173,6 +184,15 @@ class _Step:
             return None
         return latest.values.get(tag)
 
+    def _unseen(self, devices: Iterable[str]) -> bool:
+        """Tell whether, since control began, one of these has not been read for the first time, and still may be."""
+        ends_s = [self.began_s + self.plant.stale_after_s[at] for at in devices if self._never_read(at)]
+        self.due += ends_s
+        return any(self.now_s < moment for moment in ends_s)
+
+    def _never_read(self, device: str) -> bool:
+        return device in self.plant.stale_after_s and device not in self.image
+
     def _present(self, setpoint: str) -> Scalar | None:
         """Return what a setpoint holds: what was written last, or read since."""
         device, _, tag = setpoint.partition(".")
@@ -181,7 +201,7 @@ class _Step:
         if latest is not None and not quality.is_bad(latest.quality.get(tag)):
             value = latest.values.get(tag)
             if isinstance(value, bool | int | float | str) and (
-                history.at_s is None or latest.at_s > history.at_s
+                history.since_s is None or latest.at_s > history.since_s
             ):
                 return value
         return history.value
@@ -224,10 +244,17 @@ class _Step:
             self.events.append(("rule-on" if state.active else "rule-off", {"rule": rule.name}))
         if judged.switched and not state.active:
             self._last_values(rule, inputs)
+        wanted = {at: expression.value(inputs) for at, expression in rule.do.items()} if state.active else {}
+        decided = judged.decided and None not in wanted.values()
+        waiting = not decided and not judged.switched and self._unseen(rule.devices)
+        if waiting:
+            state = (
+                before  # nothing was lost yet: it goes on where it was left once its inputs are read again
+            )
         if state.active:
-            wanted = {setpoint: expression.value(inputs) for setpoint, expression in rule.do.items()}
-            decided = judged.decided and None not in wanted.values()
-            state, unsafe = self._undecided(rule, state, decided)
+            unsafe = False
+            if not waiting:
+                state, unsafe = self._undecided(rule, state, decided)
             for setpoint, value in wanted.items():
                 demand = Demand(setpoint, f"rule:{rule.name}", rule.priority, value, f"rule:{rule.name}")
                 if not decided:
@@ -289,7 +316,7 @@ class _Step:
         setpoint, limits = demand.setpoint, self.plant.limits[demand.setpoint]
         history = self.histories.get(setpoint, History())
         present = self._present(setpoint)
-        if check(limits, wanted) is None and same(present, wanted):
+        if check(limits, wanted) is None and same(present, wanted, limits.resolution):
             self.refusals.pop(setpoint, None)
             self.farewells.pop(setpoint, None)
             self.memo.reached[setpoint] = (demand, self.image.get(setpoint.partition(".")[0]))
@@ -297,25 +324,35 @@ class _Step:
         self.memo.reached.pop(setpoint, None)
         if self.retry_s.get(setpoint, 0.0) > self.now_s:
             return
+        if present is None and self._unseen((setpoint.partition(".")[0],)):
+            return  # it may hold what is wanted already
         verdict = guard(limits, history, present, wanted, self.now_s)
         if isinstance(verdict, Refuse):
-            if self.refusals.get(setpoint) != f"{demand.owner}: {verdict.reason}":
-                fields = {"tag": setpoint, "value": wanted, "cause": demand.cause, "reason": verdict.reason}
-                self.events.append(("write-refused", fields))
-            self.refusals[setpoint] = f"{demand.owner}: {verdict.reason}"
-            self.farewells.pop(setpoint, None)
+            self._refused(demand, wanted, verdict)
+            if verdict.limit != "present":
+                self.farewells.pop(setpoint, None)
         elif isinstance(verdict, Wait):
             self.due.append(verdict.until_s)
+            if verdict.reason is not None:
+                self._refused(demand, wanted, Refuse("max_per_hour", verdict.reason))
         else:
             self.refusals.pop(setpoint, None)
-            self.histories[setpoint] = history.wrote(verdict.value, self.now_s)
+            self.histories[setpoint] = history.wrote(verdict.value, self.now_s, limits.max_per_hour)
             self.writes.append(Planned(setpoint, verdict.value, present, demand.cause))
             if not verdict.final:
                 self.due.append(self.now_s + max(limits.min_interval_s, RAMP_TICK_S))
 
+    def _refused(self, demand: Demand, wanted: Scalar, refuse: Refuse) -> None:
+        """Note a refusal: an event when it begins, not one for every cycle and every value of an expression."""
+        before = self.refusals.get(demand.setpoint)
+        if before is None or (before.owner, before.limit) != (demand.owner, refuse.limit):
+            fields = {"tag": demand.setpoint, "value": wanted, "cause": demand.cause, "reason": refuse.reason}
+            self.events.append(("write-refused", fields))
+        self.refusals[demand.setpoint] = Refusal(demand.owner, *refuse)
 
-def same(present: Scalar | None, wanted: Scalar) -> bool:
-    """Tell whether a setpoint holds what is wanted, as closely as single precision can."""
+
+def same(present: Scalar | None, wanted: Scalar, resolution: float = 0.0) -> bool:
+    """Tell whether a setpoint holds what is wanted, as closely as single precision and its register can."""
     if (
         isinstance(present, bool)
         or isinstance(wanted, bool)
@@ -323,15 +360,22 @@ def same(present: Scalar | None, wanted: Scalar) -> bool:
         or isinstance(wanted, str)
     ):
         return type(present) is type(wanted) and present == wanted
-    return present is not None and isclose(present, wanted, rel_tol=1e-6, abs_tol=1e-6)
+    nearest = max(1e-6, 0.5 * resolution * (1.0 + 1e-6))
+    return present is not None and isclose(present, wanted, rel_tol=1e-6, abs_tol=nearest)
 
 
 def failed(state: State, setpoint: str, now_s: float) -> State:
     """Note that a write was not confirmed: what the setpoint holds is not known until it is read again."""
-    history = state.histories.get(setpoint, History())._replace(value=None)
+    history = state.histories.get(setpoint, History())._replace(value=None, since_s=now_s)
     return state._replace(
         histories={**state.histories, setpoint: history}, retry_s={**state.retry_s, setpoint: now_s + RETRY_S}
     )
+
+
+def confirmed(state: State, setpoint: str, now_s: float) -> State:
+    """Note that a write was read back: what was read of the setpoint until now is older than that."""
+    history = state.histories[setpoint]._replace(since_s=now_s)
+    return state._replace(histories={**state.histories, setpoint: history})
 
 
 def command(
@@ -344,15 +388,29 @@ def command(
     )
 
 
-def restored(state: State, plant: Plant, now_s: float, *, same_boot: bool) -> State:
-    """Return the state after a restart.
+def counting(plant: Plant, state: State, now_s: float) -> bool:
+    """Tell whether a rule's `for` is running: how far it has come is part of what must survive."""
+    times = {rule.name: rule.for_s for rule in plant.rules}
+    return any(
+        rule.true_since_s is not None and now_s - rule.true_since_s < times.get(name, 0.0)
+        for name, rule in state.rules.items()
+    )
 
-    Every rule has just switched, and a setpoint is read before it ramps. After a reboot the monotonic clock
-    has begun anew: leases are over, and the writes of the last hour count as made now.
+
+def restored(state: State, plant: Plant, now_s: float, *, saved_s: float, same_boot: bool) -> State:
+    """Return the state after a restart, from the one that was saved at `saved_s`.
+
+    Every rule counts as just switched. A `for` goes on where it was, the time between not counted; a `hold` counts
+    it. A setpoint is read before it is written. After a reboot the monotonic clock has begun anew: leases are over,
+    and the writes of the last hour count as made now. What a rule held that is no more goes to `safe`.
     """
-    names = {rule.name for rule in plant.rules}
     known = {at for at, limits in plant.limits.items() if limits.writable}
-    rules = {name: RuleState(rule.active, now_s) for name, rule in state.rules.items() if name in names}
+    shift_s = now_s - saved_s
+    rules = {}
+    for rule in plant.rules:
+        was = state.rules.get(rule.name, RuleState())
+        undecided_s = _shifted(was.undecided_since_s, 0.0 if same_boot else shift_s)
+        rules[rule.name] = RuleState(was.active, now_s, _shifted(was.true_since_s, shift_s), undecided_s)
     histories = {
         at: History(
             None,
@@ -369,4 +427,13 @@ def restored(state: State, plant: Plant, now_s: float, *, same_boot: bool) -> St
     }
     farewells = {at: farewell for at, farewell in state.farewells.items() if at in known}
     owners = {at: owner for at, owner in state.owners.items() if at in known}
-    return State(rules, leases, farewells, owners, histories)
+    for at, owner in owners.items():
+        kind, _, name = owner.partition(":")
+        safe = plant.limits[at].safe
+        if kind == "rule" and name not in rules and safe is not None:
+            farewells.setdefault(at, Farewell("failsafe", safe, "failsafe", 0))
+    return State(rules, leases, farewells, owners, histories, began_s=now_s)
+
+
+def _shifted(moment_s: float | None, shift_s: float) -> float | None:
+    return None if moment_s is None else moment_s + shift_s

@@ -20,18 +20,27 @@ class Limits(NamedTuple):
     min_interval_s: float = 0.0
     max_per_hour: int | None = None
     safe: Scalar | None = None
+    resolution: float = 0.0
+    """The smallest difference that the device can hold: what an integer register counts in."""
 
 
 class History(NamedTuple):
-    """What was written to a setpoint before: the last value and time, and the times of the last hour."""
+    """What was written to a setpoint before.
+
+    `value` is what it was last left at, None if that is not known, and `since_s` since when: what was read before
+    then says nothing of it any more. `at_s` is when it was last written, `hour` the writes that count against
+    `max_per_hour`.
+    """
 
     value: Scalar | None = None
     at_s: float | None = None
     hour: tuple[float, ...] = ()
+    since_s: float | None = None
 
-    def wrote(self, value: Scalar, now_s: float) -> "History":
-        """Return the history with one more write."""
-        return History(value, now_s, (*(at for at in self.hour if now_s - at < HOUR_S), now_s))
+    def wrote(self, value: Scalar, now_s: float, most: int | None) -> "History":
+        """Return the history with one more write, of which the last `most` are kept."""
+        recent = (*(at for at in self.hour if now_s - at < HOUR_S), now_s)[-most:] if most else ()
+        return History(value, now_s, recent, now_s)
 
 
 class Write(NamedTuple):
@@ -42,34 +51,47 @@ class Write(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Nothing may be written before this moment."""
+    """Nothing may be written before this moment; `reason` where that is more than the setpoint's usual pace."""
 
     until_s: float
+    reason: str | None = None
 
 
 class Refuse(NamedTuple):
-    """What was wanted may not be written at all."""
+    """What was wanted may not be written: the limit that forbids it, and the reason in full."""
 
+    limit: str
     reason: str
 
 
 def check(limits: Limits, wanted: object) -> Refuse | None:
     """Refuse what no moment could make right: a tag that is not writable, a wrong type, a value out of range."""
     if not limits.writable:
-        return Refuse("not writable")
+        return Refuse("writable", "not writable")
     if limits.kind == "bool":
-        return None if isinstance(wanted, bool) else Refuse(f"found {wanted!r}; expected true or false")
+        return (
+            None
+            if isinstance(wanted, bool)
+            else Refuse("type", f"found {wanted!r:.60}; expected true or false")
+        )
     if limits.kind == "string":
-        return None if isinstance(wanted, str) else Refuse(f"found {wanted!r}; expected a string")
+        return None if isinstance(wanted, str) else Refuse("type", f"found {wanted!r:.60}; expected a string")
     if isinstance(wanted, bool) or not isinstance(wanted, int | float):
-        return Refuse(f"found {wanted!r}; expected a number")
-    if not isfinite(wanted):
-        return Refuse("not a finite number")
+        return Refuse("type", f"found {wanted!r:.60}; expected a number")
+    if not _finite(wanted):
+        return Refuse("finite", "not a finite number")
     if limits.min is not None and wanted < limits.min:
-        return Refuse(f"{wanted:g} is below min {limits.min:g}")
+        return Refuse("min", f"{wanted:g} is below min {limits.min:g}")
     if limits.max is not None and wanted > limits.max:
-        return Refuse(f"{wanted:g} is above max {limits.max:g}")
+        return Refuse("max", f"{wanted:g} is above max {limits.max:g}")
     return None
+
+
+def _finite(wanted: float) -> bool:
+    try:
+        return isfinite(wanted)
+    except OverflowError:  # an integer that no double holds
+        return False
 
 
 def guard(
@@ -86,11 +108,11 @@ def guard(
     if limits.max_per_hour is not None:
         hour = [at for at in history.hour if now_s - at < HOUR_S]
         if len(hour) >= limits.max_per_hour:
-            return Wait(hour[-limits.max_per_hour] + HOUR_S)
+            return Wait(hour[-limits.max_per_hour] + HOUR_S, f"max_per_hour {limits.max_per_hour} is used up")
     if limits.kind != "number" or (limits.ramp_per_s is None and limits.max_step is None):
         return Write(wanted, final=True)
     if not isinstance(present, int | float) or isinstance(present, bool):
-        return Refuse("the present value is not known, and a ramp or max_step starts from it")
+        return Refuse("present", "the present value is not known, and a ramp or max_step starts from it")
     step = _step(limits, history, now_s)
     distance = float(wanted) - present
     if abs(distance) <= step:

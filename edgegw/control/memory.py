@@ -24,7 +24,12 @@ class MemoryFile:
         self._failing = False
 
     def load(self) -> bytes | None:
-        """Return what was saved last, None if there is nothing."""
+        """Return what was saved last, None if there is nothing.
+
+        Within one process that is what was last to be saved, even if no disk would take it.
+        """
+        if self._newest:
+            return self._newest
         try:
             return self.path.read_bytes()
         except OSError:

@@ -42,7 +42,7 @@ class RuleState(NamedTuple):
 class Judged(NamedTuple):
     """A rule after one cycle, and when it must be looked at again if nothing else happens.
 
-    `decided` is false if an active rule cannot tell whether it should go on.
+    `decided` is false if the rule cannot tell whether it should be on, or go on.
     """
 
     state: RuleState
@@ -57,13 +57,13 @@ def judge(
     """Decide whether a rule is on.
 
     It turns on when its link is there and `when` has held for `for`, `min_off` after it went off. It turns off
-    when `until` holds (or, without one, `when` does not), or when its link is gone and is handed back, `min_on`
-    after it went on. Undecided is neither true nor false: it interrupts `for`, and turns nothing off.
+    when `until` holds (or, without one, `when` does not), or when its link is over, `min_on` after it went on.
+    Undecided is neither true nor false: it interrupts `for`, and turns nothing off.
     """
-    link_there = rule.link == "always" or rule.link == ("offline" if link == "islanded" else _online(link))
     if not state.active:
-        return _off(rule, state, link_there and rule.when.value(inputs) is True, now_s)
-    if not link_there and hand_back == "release":
+        wanted = rule.when.value(inputs) if _begins(rule.link, link) else False
+        return _off(rule, state, wanted, now_s)
+    if _over(rule.link, link, hand_back):
         return _on(rule, state, True, now_s)
     if rule.until is not None:
         return _on(rule, state, rule.until.value(inputs), now_s)
@@ -71,14 +71,21 @@ def judge(
     return _on(rule, state, None if when is None else not when, now_s)
 
 
-def _online(link: LinkState) -> str:
-    """Return the rules' word for a link that is not islanded: lost but a moment ago is neither of their two."""
-    return "online" if link == "online" else ""
+def _begins(wanted: str, link: LinkState) -> bool:
+    """Tell whether a rule may turn on: a link lost but a moment ago is neither online nor islanded."""
+    return wanted == "always" or wanted == {"online": "online", "islanded": "offline"}.get(link)
 
 
-def _off(rule: Rule, state: RuleState, wanted: bool, now_s: float) -> Judged:
-    if not wanted:
-        return Judged(state._replace(true_since_s=None), False, True, None)
+def _over(wanted: str, link: LinkState, hand_back: str) -> bool:
+    """Tell whether a rule's link is over: not before it is islanded, or online again and handed back."""
+    return {"online": link == "islanded", "offline": link == "online" and hand_back == "release"}.get(
+        wanted, False
+    )
+
+
+def _off(rule: Rule, state: RuleState, wanted: Scalar | None, now_s: float) -> Judged:
+    if wanted is not True:
+        return Judged(state._replace(true_since_s=None), False, wanted is not None, None)
     true_since_s = now_s if state.true_since_s is None else state.true_since_s
     ready_s = max(true_since_s + rule.for_s, state.since_s + rule.min_off_s)
     if now_s >= ready_s:

@@ -46,13 +46,14 @@ class Scanner:
             while True:
                 if period_s is not None:
                     await asyncio.sleep(due.at_s - clock.mono_s())
+                began_s = clock.mono_s()
                 try:
                     scans = await driver.scan()
                 except DeviceError as error:
                     self._failed(error)
                     await asyncio.sleep(self._pause_s(period_s or 0.0))
                 else:
-                    self._scanned(scans)
+                    self._scanned(scans, began_s)
                 if period_s is not None:
                     due = schedule.following(due.at_s, clock.mono_s(), period_s)
                     if not self._failures:
@@ -62,12 +63,14 @@ class Scanner:
         """Write one tag, once, and return what reading it back gives; raise DeviceError."""
         return await self._driver.write(tag, value)
 
-    def _scanned(self, scans: Sequence[Scan]) -> None:
+    def _scanned(self, scans: Sequence[Scan], began_s: float) -> None:
+        """Pass scans on. What was polled may be as old as the poll: a write meanwhile may be newer."""
         if self._failures or self.state == "unknown":
             self._answered()
-        now_s, held = clock.mono_s(), self._driver.period_s is None
+        held = self._driver.period_s is None
+        at_s = clock.mono_s() if held else began_s
         for scan in scans:
-            self._image.take(scan, now_s, held=held)
+            self._image.take(scan, at_s, held=held)
             self.readings += len(scan.values)
             self.last_ts = scan.ts
         self._touched(self.name)  # control first: it must not wait for anything else
