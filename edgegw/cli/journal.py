@@ -10,7 +10,7 @@ import msgspec
 
 from edgegw.cli.options import config_option, json_option, open_journal, print_json
 from edgegw.domain import batch as batches
-from edgegw.domain.batch import Batch, Gap, Kind, Link
+from edgegw.domain.batch import Gap, Kind, Link
 from edgegw.errors import JournalDamaged
 
 
@@ -56,13 +56,21 @@ def stat(config_path: Path | None, as_json: bool) -> None:
 @json_option
 def tail(count: int, config_path: Path | None, as_json: bool) -> None:
     """Show the last records, oldest first."""
+    from edgegw.journal.store import unpack, walk_back
+
     reader, _ = open_journal(config_path)
-    records: list[tuple[int, dict[str, Any]]] = []
-    for batch in reversed(reader.newest(count)):
-        records = [*_records(batch), *records]
-        if len(records) >= count:
+    newest_first: list[dict[str, Any]] = []
+    for batch in walk_back(reader):
+        try:
+            records = msgspec.json.decode(unpack(batch))["records"]
+        except JournalDamaged as error:
+            click.echo(f"warning: {error}; it is left out", err=True)
+            continue
+        newest_first += ({"seq": batch.seq + i, **records[i]} for i in reversed(range(len(records))))
+        if len(newest_first) >= count:
             break
-    shown = [{"seq": seq, **record} for seq, record in records[-count:]]
+    reader.close()
+    shown = newest_first[:count][::-1]
     if as_json:
         print_json(shown)
         return
@@ -94,9 +102,10 @@ def verify(config_path: Path | None, as_json: bool) -> None:
         if batch.kind is Kind.EVENT:
             gaps += _gaps(body, reader.stream)
         links.append(Link(batch.seq, batch.last, bytes.fromhex(message.prev), batch.digest))
-    report = batches.verify(links, gaps, first=links[0].first if links else 1)
     settled = reader.acked()
-    missing = [hole for hole in report.missing if not settled.covers(*hole)]
+    first = links[0].first if links else 1
+    report = batches.verify(links, gaps, first=first)
+    missing = [*settled.gaps(1, first - 1), *(hole for hole in report.missing if not settled.covers(*hole))]
     breaks = [seq for seq in report.breaks if seq not in damaged]
     ok = not (damaged or missing or breaks)
     if as_json:
@@ -120,13 +129,6 @@ def verify(config_path: Path | None, as_json: bool) -> None:
     reader.close()
     if not ok:
         raise click.exceptions.Exit(1)
-
-
-def _records(batch: Batch) -> Iterator[tuple[int, dict[str, Any]]]:
-    from edgegw.journal.store import unpack
-
-    body = msgspec.json.decode(unpack(batch))
-    yield from ((batch.seq + i, record) for i, record in enumerate(body["records"]))
 
 
 def _gaps(body: bytes, stream: str) -> Iterator[Gap]:

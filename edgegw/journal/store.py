@@ -257,13 +257,10 @@ class Reader:
                 max_bytes,
             )
 
-    def newest(self, limit: int) -> list[Batch]:
-        """Return the newest batches, oldest first."""
+    def before(self, seq: int, *, limit: int) -> list[Batch]:
+        """Return the last batches that begin before `seq`, newest first."""
         with _mapped(self.path, "read"):
-            first: Any = self._db.execute(
-                "SELECT min(seq) FROM (SELECT seq FROM batch ORDER BY seq DESC LIMIT ?)", (limit,)
-            ).get
-        return self.batches(first, 1 << 62, limit=limit) if first else []
+            return _batches(self._db, self.stream, "seq < ? ORDER BY seq DESC LIMIT ?", (seq, limit))
 
     def figures(self, settled: Ranges) -> "Figures":
         """Count what is there."""
@@ -457,3 +454,11 @@ def walk(reader: Reader, first: int = 1, *, step: int = 64) -> Iterator[Batch]:
     while batches := reader.batches(first, 1 << 62, limit=step):
         yield from batches
         first = batches[-1].seq + 1
+
+
+def walk_back(reader: Reader, *, step: int = 16) -> Iterator[Batch]:
+    """Yield every batch from the newest back, a few at a time."""
+    seq = 1 << 62
+    while batches := reader.before(seq, limit=step):
+        yield from batches
+        seq = batches[-1].seq
