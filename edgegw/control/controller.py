@@ -274,17 +274,11 @@ class Controller:
         """Say why the command cannot have its setpoints now, from a cycle that is only tried."""
         if self._leaving:
             return "the gateway is stopping or taking up a new configuration; nothing was written"
-        now_s, busy = clock.mono_s(), frozenset(self._busy)
-        tried = engine.step(
-            self._plant, self._given(asked), self._image.frozen(), self._link(), now_s, busy=busy
+        owner, image, busy = f"command:{asked.id}", self._image.frozen(), frozenset(self._busy)
+        given = self._given(asked)
+        return engine.objection(
+            self._plant, given, owner, asked.writes, image, self._link(), clock.mono_s(), busy=busy
         )
-        for setpoint in asked.writes:
-            owner, refusal = tried.state.owners.get(setpoint), tried.state.refusals.get(setpoint)
-            if owner != f"command:{asked.id}":
-                return f"{setpoint}: {owner or 'nobody'} has authority"
-            if refusal is not None and refusal.owner == owner:
-                return f"{setpoint}: {refusal.reason}"
-        return None
 
     def _given(self, asked: WriteCommand) -> State:
         """Return the state in which the command holds its setpoints."""

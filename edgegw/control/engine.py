@@ -149,7 +149,11 @@ class _Step:
             demands += self._known(rule)
         demands += self._leases(frozenset(demand.setpoint for demand in demands))
         held = frozenset(demand.setpoint for demand in demands)
-        self.farewells = {at: farewell for at, farewell in self.farewells.items() if at not in held}
+        self.farewells = {
+            at: farewell
+            for at, farewell in self.farewells.items()
+            if at not in held and not self._holds(at, farewell.value)
+        }
         demands += [Demand(at, f.owner, f.priority, f.value, f.cause) for at, f in self.farewells.items()]
         winners = arbiter.arbitrate(demands)
         self._authority(winners)
@@ -192,6 +196,10 @@ class _Step:
 
     def _never_read(self, device: str) -> bool:
         return device in self.plant.stale_after_s and device not in self.image
+
+    def _holds(self, setpoint: str, wanted: Scalar) -> bool:
+        limits = self.plant.limits[setpoint]
+        return check(limits, wanted) is None and same(self._present(setpoint), wanted, limits.resolution)
 
     def _present(self, setpoint: str) -> Scalar | None:
         """Return what a setpoint holds: what was written last, or read since."""
@@ -316,9 +324,8 @@ class _Step:
         setpoint, limits = demand.setpoint, self.plant.limits[demand.setpoint]
         history = self.histories.get(setpoint, History())
         present = self._present(setpoint)
-        if check(limits, wanted) is None and same(present, wanted, limits.resolution):
+        if self._holds(setpoint, wanted):
             self.refusals.pop(setpoint, None)
-            self.farewells.pop(setpoint, None)
             self.memo.reached[setpoint] = (demand, self.image.get(setpoint.partition(".")[0]))
             return
         self.memo.reached.pop(setpoint, None)
@@ -381,11 +388,26 @@ def confirmed(state: State, setpoint: str, now_s: float) -> State:
 def command(
     state: State, name: str, writes: Mapping[str, Scalar], lease_s: float | None, now_s: float
 ) -> State:
-    """Give a command its hold on setpoints."""
+    """Return the state in which a command has its hold on setpoints."""
     until_s = None if lease_s is None else now_s + lease_s
     return state._replace(
         leases={**state.leases, **{at: Lease(name, value, until_s) for at, value in writes.items()}}
     )
+
+
+def objection(
+    plant: Plant, given: State, owner: str, setpoints: Iterable[str], image: Mapping[str, Latest],
+    link: LinkState, now_s: float, *, busy: frozenset[str] = frozenset(),
+) -> str | None:  # fmt: skip
+    """Say why a command that is given its setpoints would not have them, or not reach them: nothing is changed."""
+    tried = step(plant, given, image, link, now_s, busy=busy).state
+    for setpoint in setpoints:
+        has, refusal = tried.owners.get(setpoint), tried.refusals.get(setpoint)
+        if has != owner:
+            return f"{setpoint}: {has or 'nobody'} has authority"
+        if refusal is not None and refusal.owner == owner:
+            return f"{setpoint}: {refusal.reason}"
+    return None
 
 
 def counting(plant: Plant, state: State, now_s: float) -> bool:

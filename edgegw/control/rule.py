@@ -56,12 +56,13 @@ def judge(
 ) -> Judged:
     """Decide whether a rule is on.
 
-    It turns on when its link is there and `when` has held for `for`, `min_off` after it went off. It turns off
-    when `until` holds (or, without one, `when` does not), or when its link is over, `min_on` after it went on.
+    It turns on when its link is there and `when` without `until` has held for `for`, `min_off` after it went off.
+    It turns off when `until` holds (or, without one, `when` does not), or when its link is over, `min_on` after it
+    went on.
     Undecided is neither true nor false: it interrupts `for`, and turns nothing off.
     """
     if not state.active:
-        wanted = rule.when.value(inputs) if _begins(rule.link, link) else False
+        wanted = _wanted(rule, inputs) if _begins(rule.link, link) else False
         return _off(rule, state, wanted, now_s)
     if _over(rule.link, link, hand_back):
         return _on(rule, state, True, now_s)
@@ -69,6 +70,15 @@ def judge(
         return _on(rule, state, rule.until.value(inputs), now_s)
     when = rule.when.value(inputs)
     return _on(rule, state, None if when is None else not when, now_s)
+
+
+def _wanted(rule: Rule, inputs: Mapping[str, Scalar]) -> bool | None:
+    """Tell whether a rule that is off should be on: `when`, and not `until` already; None if that is undecided."""
+    when = rule.when.value(inputs)
+    until = rule.until.value(inputs) if rule.until is not None and when is not False else False
+    if when is False or until is True:
+        return False
+    return None if when is None or until is None else True
 
 
 def _begins(wanted: str, link: LinkState) -> bool:
@@ -83,8 +93,8 @@ def _over(wanted: str, link: LinkState, hand_back: str) -> bool:
     )
 
 
-def _off(rule: Rule, state: RuleState, wanted: Scalar | None, now_s: float) -> Judged:
-    if wanted is not True:
+def _off(rule: Rule, state: RuleState, wanted: bool | None, now_s: float) -> Judged:
+    if not wanted:
         return Judged(state._replace(true_since_s=None), False, wanted is not None, None)
     true_since_s = now_s if state.true_since_s is None else state.true_since_s
     ready_s = max(true_since_s + rule.for_s, state.since_s + rule.min_off_s)
