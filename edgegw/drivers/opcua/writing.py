@@ -91,7 +91,7 @@ def _as(kind: str, raw: Scalar | Fraction, value: Scalar) -> Scalar:
         raise Refused("type-mismatch", f"found {value!r}; expected a {kind}")
     try:
         if kind in ("float32", "float64"):
-            struct.pack("f" if kind == "float32" else "d", float(raw))
+            struct.pack("<f" if kind == "float32" else "<d", float(raw))  # to see whether it fits
             return float(raw)
         if values.in_range(kind, whole := round(raw)):
             return whole
