@@ -379,12 +379,15 @@ def size_bytes(path: Path) -> int:
 
 
 def set_aside(path: Path, stamp: str) -> Path:
-    """Move the database and its WAL to a name with the date; return it."""
+    """Move the database and its logs to a name with the date; return it.
+
+    None of them may stay: SQLite would take it for a log of the file that comes next.
+    """
     aside = path.with_name(f"{path.name}.{stamp}")
     try:
-        for old, new in ((_wal(path), _wal(aside)), (path, aside)):
-            if old.exists():
-                old.rename(new)
+        for suffix in ("-wal", "-journal", ""):
+            if (old := path.with_name(path.name + suffix)).exists():
+                old.rename(aside.with_name(aside.name + suffix))
         path.with_name(path.name + "-shm").unlink(missing_ok=True)
     except OSError as error:
         raise JournalError(f"journal {path}: cannot be set aside as {aside}: {error.strerror}") from error

@@ -21,13 +21,14 @@ from edgegw.domain.batch import decode as decode_batch
 from edgegw.domain.ranges import Ranges
 from edgegw.domain.record import Event, Record
 from edgegw.errors import JournalDamaged, JournalError
-from edgegw.journal import retention
+from edgegw.journal import retention, succession
 from edgegw.journal.encode import Group, Sealer, group
 from edgegw.journal.inbox import Damage, Inbox, Lost
 from edgegw.journal.mark import Mark, MarkFile
 from edgegw.journal.retention import Doom, Loss
 from edgegw.journal.settled import Settled
-from edgegw.journal.store import PAGE, Reader, Store, Stored, Tip, set_aside, unpack
+from edgegw.journal.store import PAGE, Store, Stored, Tip, set_aside, unpack
+from edgegw.journal.succession import Left
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +69,6 @@ class _Unsure(NamedTuple):
     sealed: list[_Sealed]
     gaps: list[Loss]
     rest: list[Group | Lost]
-
-
-class _Left(NamedTuple):
-    """What an earlier stream left: where it ended, and what of it needs no sending."""
-
-    head: int
-    settled: Ranges
 
 
 Tell = Callable[[Committed | None, list[asyncio.Future[None]]], None]
@@ -186,36 +180,14 @@ class Writer:
             detail,
             aside.name,
         )
-        self._opening = self._begin_with(left, reason, {"set_aside": aside.name})
+        self._begin_with(left, reason, {"set_aside": aside.name})
         self._damages = []
 
-    def _left(self, mark: Mark | None) -> dict[str, _Left]:
-        """Gather what mark, file and memory know of the streams that end here."""
-        left: dict[str, _Left] = {}
-        for stream, head, settled in (
-            *([(mark.stream, mark.head, Ranges())] if mark else []),
-            *_last_words(self._path),
-            *([(self.stream, self.head, self._settled.copy())] if self.stream else []),
-        ):
-            known = left.get(stream, _Left(0, Ranges()))
-            for first, last in settled:
-                known.settled.add(first, last)
-            left[stream] = _Left(max(head, known.head), known.settled)
-        return left
+    def _left(self, mark: Mark | None) -> dict[str, Left]:
+        return succession.gather(mark, self._path, (self.stream, Left(self.head, self._settled.copy())))
 
-    def _begin_with(self, left: dict[str, _Left], reason: str, more: dict[str, object]) -> list[Group]:
-        """Return what a stream begins with: why it does, and what is gone of those before it."""
-        now_ms = clock.wall_ms()
-        fields: dict[str, object] = {"reason": reason, **more}
-        if left:
-            previous, (head, _) = next(iter(left.items()))
-            fields |= {"previous": previous, "previous_head": head}
-        records: list[Record] = [Event(now_ms, "stream", fields)]
-        for stream, (head, settled) in left.items():
-            for first, last in settled.gaps(1, head):
-                gap = {"stream": stream, "from": first, "to": last, "reason": "damaged"}
-                records.append(Event(now_ms, "gap", gap))
-        return group(records, self._max_message)
+    def _begin_with(self, left: dict[str, Left], reason: str, more: dict[str, object]) -> None:
+        self._opening = group(succession.opening(left, reason, more), self._max_message)
 
     def _ready(self) -> tuple[Store, Sealer]:
         """Return the open store and the sealer that stands at its tip."""
@@ -238,7 +210,7 @@ class Writer:
             if not tip.head and not self._opening:
                 left = self._left(mark)
                 left.pop(store.stream, None)
-                self._opening = self._begin_with(left, "lost" if left else "new", {})
+                self._begin_with(left, "lost" if left else "new", {})
             settled = store.acked()
             settled.remove(tip.head + 1, 1 << 62)
             self._settled.begin(store.stream, settled, store.pending_batches(settled, tip.head))
@@ -477,15 +449,3 @@ def _room(size: int) -> int:
     """Return the most that a batch of so much JSON can take in the file: rows do not share pages evenly."""
     row = size + ROW_BYTES
     return 2 * row if row < PAGE else row + 2 * PAGE
-
-
-def _last_words(path: Path) -> list[tuple[str, int, Ranges]]:
-    """Return what a file to be set aside says of its stream, head and what was settled, if it still can."""
-    try:
-        reader = Reader(path)
-        try:
-            return [(reader.stream, reader.tip().head, reader.acked())]
-        finally:
-            reader.close()
-    except JournalError:
-        return []
