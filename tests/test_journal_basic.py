@@ -332,7 +332,7 @@ def test_keep_spares_what_is_younger(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("max_size", "tags", "width"), [(4 * MIB, 40, 12), (4 * MIB, 4, 1), (9 * MIB, 100, 3)]
+    ("max_size", "tags", "width"), [(4 * MIB, 40, 12), (4 * MIB, 4, 1), (6 * MIB, 100, 3)]
 )
 def test_p5_database_and_wal_stay_within_max_size_at_every_commit(
     tmp_path: Path, max_size: int, tags: int, width: int, monkeypatch: pytest.MonkeyPatch

@@ -182,6 +182,6 @@ class Journals(RuleBasedStateMachine):
 
 
 Journals.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=80, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
 test_p1_p2_no_seq_is_missing_or_used_twice_whatever_happens = Journals.TestCase
