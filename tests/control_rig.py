@@ -74,7 +74,8 @@ class Site:
         self.due_s: float | None = None
         self.memo = Memo()
         self.state = engine.restored(State(), made, self.now_s, saved_s=self.now_s, same_boot=True)
-        self.writes: list[tuple[float, str, Scalar]] = []
+        self.written: list[tuple[float, str, Scalar, Scalar | None]] = []
+        """When, what, the new value and the one that the setpoint was known to hold."""
 
     @property
     def now_s(self) -> float:
@@ -129,7 +130,7 @@ class Site:
         lines = []
         for setpoint, value, old, cause in cycle.writes:
             lines.append(f"write {setpoint} {shown(old)} -> {shown(value)} by {cause}")
-            self.writes.append((self.now_s, setpoint, value))
+            self.written.append((self.at_s, setpoint, value, old))
             if setpoint in self.broken:
                 self.state = engine.failed(self.state, setpoint, self.now_s)
                 lines.append(f"unconfirmed {setpoint}")

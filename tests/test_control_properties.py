@@ -1,0 +1,257 @@
+"""What holds for the guard, the arbiter and the engine, whatever comes: random sites, demands, failures and times."""
+
+import itertools
+from collections import defaultdict
+from typing import Any
+
+import pytest
+from control_rig import Site, plant
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgegw.control.arbiter import Demand, arbitrate
+from edgegw.control.guard import RAMP_TICK_S, History, Limits, Refuse, Wait, Write, check, guard
+
+NUMBERS = st.floats(-100, 100).map(lambda x: round(x, 3))
+ANYTHING = st.one_of(
+    NUMBERS, st.floats(), st.integers(), st.booleans(), st.text(max_size=3), st.just(10**400)
+)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("xy"), st.sampled_from("abcd"), st.integers(0, 3), NUMBERS), max_size=12
+    ),
+    st.randoms(use_true_random=False),
+)
+def test_one_has_each_setpoint_and_it_is_the_same_whatever_the_order(wanted: list[Any], order: Any) -> None:
+    unique = {(setpoint, owner): (priority, value) for setpoint, owner, priority, value in wanted}
+    demands = [Demand(at, who, priority, value, who) for (at, who), (priority, value) in unique.items()]
+    winners = arbitrate(demands)
+    assert winners.keys() == {demand.setpoint for demand in demands}
+    for demand in demands:
+        winner = winners[demand.setpoint]
+        assert winner.priority > demand.priority or (
+            winner.priority == demand.priority and winner.owner <= demand.owner
+        )
+    order.shuffle(demands)
+    assert arbitrate(demands) == winners
+
+
+@st.composite
+def limits(draw: Any) -> Limits:
+    low, high = sorted((draw(NUMBERS), draw(NUMBERS)))
+    maybe = lambda strategy: draw(st.none() | strategy)  # noqa: E731
+    return Limits(
+        True, "number", maybe(st.just(low)), maybe(st.just(high)),
+        maybe(st.sampled_from([0.5, 5.0, 25.0])), maybe(st.sampled_from([0.01, 1.0, 10.0])),
+        draw(st.sampled_from([0.0, 0.1, 1.0, 60.0])), maybe(st.integers(1, 4)),
+    )  # fmt: skip
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from([0.0, 0.01, 0.25, 1.0, 30.0, 1000.0, 4000.0]),
+        ANYTHING,
+        st.sampled_from(["confirmed", "confirmed", "lost", "moved"]),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=300)
+@given(limits(), STEPS, NUMBERS)
+def test_p8_no_sequence_of_demands_times_and_failures_takes_a_setpoint_past_its_limits(
+    of: Limits, steps: list[Any], start: float
+) -> None:
+    """Type, range, step, ramp, interval and writes an hour, for what is written, from what the setpoint held."""
+    now_s, history, held = 1000.0, History(), start
+    known: float | None = start
+    written: list[float] = []
+    for pause_s, wanted, fate in steps:
+        now_s += pause_s
+        verdict = guard(of, history, known, wanted, now_s)
+        if isinstance(verdict, Refuse):
+            assert check(of, wanted) is not None or (verdict.limit == "present" and known is None)
+        elif isinstance(verdict, Wait):
+            assert verdict.until_s > now_s
+        else:
+            within(of, verdict, known, wanted, written, now_s)
+            written.append(now_s)
+            history = history.wrote(verdict.value, now_s, of.max_per_hour)
+            held, known = (verdict.value, verdict.value) if fate != "lost" else (held, None)  # type: ignore[assignment]
+            continue
+        if fate == "moved":
+            held = known = start
+        elif fate == "confirmed":
+            known = held
+
+
+def within(
+    of: Limits, write: Write, present: float | None, wanted: Any, written: list[float], now_s: float
+) -> None:
+    value = write.value
+    assert isinstance(value, int | float)
+    assert not isinstance(value, bool)
+    assert of.min is None or value >= of.min
+    assert of.max is None or value <= of.max
+    assert value == wanted or not write.final
+    if of.max_per_hour is not None:
+        assert sum(now_s - at < 3600.0 for at in written) < of.max_per_hour
+    if written:
+        assert now_s - written[-1] >= of.min_interval_s - 1e-9
+    if of.max_step is None and of.ramp_per_s is None:
+        return
+    assert present is not None, "a step from an unknown value"
+    inside = (of.min is None or present >= of.min) and (of.max is None or present <= of.max)
+    if not inside:
+        return  # it is brought into its range first
+    moved = abs(value - present)
+    assert of.max_step is None or moved <= of.max_step + 1e-6
+    if of.ramp_per_s is not None:
+        pace_s = max(of.min_interval_s, RAMP_TICK_S)
+        since_s = min(now_s - written[-1], pace_s) if written else pace_s
+        assert moved <= of.ramp_per_s * since_s + 1e-6
+    assert min(present, float(wanted)) - 1e-9 <= value <= max(present, float(wanted)) + 1e-9, "the wrong way"
+
+
+TAGS = {
+    "src.a": "number",
+    "src.b": "number",
+    "src.ok": "bool",
+    "out.ramped": "number writable min=-50 max=50 ramp=10/s min_interval=1s safe=0",
+    "out.stepped": "number writable min=0 max=100 max_step=25 min_interval=500ms max_per_hour=20 safe=50",
+    "out.free": "number writable",
+    "out.relay": "bool writable min_interval=2s safe=false",
+}
+RULES = {
+    "base": {
+        "when": "src.a > 10.0", "do": {"out.ramped": "src.b", "out.free": "src.a"}, "finally": {"out.ramped": 0.0},
+    },
+    "over": {
+        "when": "src.a > 20.0 || src.ok", "until": "src.a < 5.0", "priority": 5, "for": "1s", "hold": "3s",
+        "do": {"out.ramped": "src.a + src.b", "out.stepped": "src.b", "out.relay": "src.ok"},
+        "finally": {"out.relay": False, "out.stepped": "src.b"},
+    },
+    "island": {
+        "when": "src.b > 0.0", "link": "offline", "priority": 101, "min_on": "2s", "min_off": "1s",
+        "do": {"out.stepped": "src.b / src.a", "out.free": 7.0}, "finally": {"out.stepped": 0.0},
+    },
+    "same": {"when": "src.b > 10.0", "priority": 5, "do": {"out.free": "src.b", "out.stepped": 200.0 / 3}},
+}  # fmt: skip
+SITE, PROBLEMS = plant(TAGS, RULES)
+
+ACTS = st.one_of(
+    st.tuples(st.just("see"), st.sampled_from(["src.a", "src.b"]), st.none() | NUMBERS),
+    st.tuples(st.just("see"), st.just("src.ok"), st.none() | st.booleans()),
+    st.tuples(st.just("move"), st.sampled_from(["out.ramped", "out.stepped", "out.free"]), NUMBERS),
+    st.tuples(st.just("link"), st.sampled_from(["online", "offline", "islanded"])),
+    st.tuples(st.just("broken"), st.sets(st.sampled_from(["out.ramped", "out.stepped", "out.relay"]))),
+    st.tuples(st.just("command"), st.sampled_from(["out.ramped", "out.stepped", "out.free"]), NUMBERS),
+    st.tuples(st.just("mute"), st.sampled_from(["src", "out"])),
+    st.tuples(st.just("restart"), st.booleans()),
+)
+STORY = st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.5, 1.0, 5.0, 60.0]), ACTS), max_size=40)
+
+
+@settings(max_examples=300, deadline=None)
+@given(STORY)
+def test_p8_whatever_happens_to_a_site_its_setpoints_are_written_within_their_limits_by_one_owner(
+    story: list[Any],
+) -> None:
+    """The whole engine with the plant's reaction: rules, commands, leases, lost inputs, failed writes, restarts.
+
+    That no cycle writes a setpoint twice, and that a cycle with a memory comes to what one without does, is checked
+    by the site itself.
+    """
+    assert PROBLEMS == []
+    site = Site(SITE)
+    site.values = {
+        "src.a": 0.0,
+        "src.b": 0.0,
+        "src.ok": False,
+        "out.ramped": 0.0,
+        "out.stepped": 50.0,
+        "out.free": 0.0,
+    }
+    site.values["out.relay"] = False
+    lines: list[str] = []
+    at_s = 0.0
+    for number, (pause_s, act) in enumerate(story):
+        at_s += pause_s
+        lines += site.until(at_s)
+        mute = perform(site, number, act)
+        for device in {"src", "out"} - mute:
+            site.scan(device)
+        lines += site.cycles()
+        owners = [line.split()[-2] for line in lines if line.startswith("owner ")]
+        assert set(owners) <= set(TAGS)
+    check_writes(site)
+
+
+def perform(site: Site, number: int, act: Any) -> set[str]:
+    match act:
+        case ("see", name, value):
+            site.values[name] = value
+            site.quality.pop(name, None)
+            if value is None:
+                site.quality[name] = "bad:timeout"
+        case ("move", name, value):
+            site.values[name] = max(-50.0, min(50.0, value)) if name == "out.ramped" else abs(value)
+        case ("link", state):
+            site.link = state
+        case ("broken", names):
+            site.broken = names
+        case ("command", name, value):
+            if check(SITE.limits[name], value) is None:
+                site.command(f"c{number}", {name: value}, 3.0 if number % 2 else None)
+        case ("mute", device):
+            return {device}
+        case ("restart", reboot):
+            site.restart(site.now_s, reboot=reboot)
+    return set()
+
+
+def check_writes(site: Site) -> None:
+    """Check every write of a story against the limits of its tag, from the plant's side."""
+    by_tag: dict[str, list[tuple[float, Any, Any]]] = defaultdict(list)
+    for at_s, name, value, before in site.written:
+        by_tag[name].append((at_s, value, before))
+    for name, writes in by_tag.items():
+        of = SITE.limits[name]
+        assert of.writable
+        for at_s, value, before in writes:
+            assert check(of, value) is None
+            if of.max_step is not None and isinstance(before, float):
+                assert abs(value - before) <= of.max_step + 1e-6, (name, at_s)
+        for (one_s, *_), (other_s, *_) in itertools.pairwise(writes):
+            assert other_s - one_s >= of.min_interval_s - 1e-6, (name, one_s, other_s)
+        if of.max_per_hour is not None:
+            for i in range(len(writes) - of.max_per_hour):
+                assert writes[i + of.max_per_hour][0] - writes[i][0] >= 3600.0 - 1e-6, name
+        if of.ramp_per_s is not None:
+            check_ramp(of, writes)
+
+
+def check_ramp(of: Limits, writes: list[Any]) -> None:
+    """No two writes move the setpoint faster than its ramp allows."""
+    pace_s = max(of.min_interval_s, RAMP_TICK_S)
+    for (one_s, *_), (other_s, value, before) in itertools.pairwise(writes):
+        assert of.ramp_per_s is not None
+        assert abs(value - before) <= of.ramp_per_s * min(other_s - one_s, pace_s) + 1e-6
+
+
+def test_the_properties_see_writes() -> None:
+    """The stories are not idle: a simple one writes to every setpoint."""
+    site = Site(SITE)
+    site.values = {
+        "src.a": 30.0, "src.b": 20.0, "src.ok": True, "out.ramped": 0.0, "out.stepped": 50.0, "out.free": 0.0,
+        "out.relay": False,
+    }  # fmt: skip
+    for at_s in range(5):
+        site.until(float(at_s))
+        site.scan("src")
+        site.scan("out")
+        site.cycles()
+    assert {name for _, name, _, _ in site.written} == {"out.ramped", "out.stepped", "out.free", "out.relay"}
+    assert site.values["out.ramped"] == pytest.approx(50.0)
