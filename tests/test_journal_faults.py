@@ -35,7 +35,7 @@ from edgegw.errors import JournalError
 from edgegw.journal import inbox
 from edgegw.journal.journal import Found, Journal
 from edgegw.journal.mark import MarkFile
-from edgegw.journal.store import Reader, Store, unpack, walk
+from edgegw.journal.store import Reader, Store, set_aside, unpack, walk
 
 DEADLINE_S = 10.0
 
@@ -366,16 +366,13 @@ def test_a_broken_header_sets_the_file_aside_and_begins_a_new_stream(tmp_path: P
 
 
 def test_no_log_of_a_file_set_aside_stays_for_the_next(tmp_path: Path) -> None:
-    hand = filled(tmp_path / "journal.db", 10)
-    hand.close()
-    hand.path.write_bytes(b"broken" * 1000)
-    log = hand.path.with_name("journal.db-journal")
-    log.write_bytes(b"of the old file")
-    again = Hand(hand.path, config())
-    (aside,) = tmp_path.glob("journal.db.2*Z")
-    assert aside.with_name(f"{aside.name}-journal").read_bytes() == b"of the old file"
-    assert not log.exists()
-    again.close()
+    path = tmp_path / "journal.db"
+    for suffix in ("", "-wal", "-journal", "-shm"):
+        path.with_name(f"journal.db{suffix}").write_text(suffix)
+    assert set_aside(path, "today") == tmp_path / "journal.db.today"
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
+        "journal.db.today": "", "journal.db.today-wal": "-wal", "journal.db.today-journal": "-journal",
+    }  # fmt: skip
 
 
 def test_a_damage_found_while_running_is_named_from_what_memory_knows(tmp_path: Path) -> None:
