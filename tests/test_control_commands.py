@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 from control_rig import plant
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgegw.control import commands
@@ -64,6 +64,7 @@ PARTS = {
 }
 
 
+@settings(deadline=None)
 @given(st.fixed_dictionaries({}, optional=PARTS))
 def test_no_message_does_worse_than_be_refused_and_every_answer_can_be_sent(message: dict[str, Any]) -> None:
     answer = read(json.dumps(message).encode())
@@ -76,6 +77,7 @@ def test_no_message_does_worse_than_be_refused_and_every_answer_can_be_sent(mess
         assert answer.expires_ms > NOW_MS
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_bytes_that_are_no_json_are_refused(payload: bytes) -> None:
     assert isinstance(read(payload), Reply)

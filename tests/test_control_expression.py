@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from control_rig import plant
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgegw.control.expression import Compiler, activation
@@ -42,6 +42,7 @@ def test_an_expression_that_takes_too_long_is_undecided() -> None:
     assert COMPILER.compile(text, "bool").value({}) is None
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(["meter.kw", "meter.ok", "battery.soc"]), st.none() | st.text(), max_size=3

@@ -18,6 +18,7 @@ ANYTHING = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from("xy"), st.sampled_from("abcd"), st.integers(0, 3), NUMBERS), max_size=12
@@ -59,7 +60,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(limits(), STEPS, NUMBERS)
 def test_p8_no_sequence_of_demands_times_and_failures_takes_a_setpoint_past_its_limits(
     of: Limits, steps: list[Any], start: float
