@@ -18,7 +18,7 @@ from edgegw.domain.image import Image
 from edgegw.domain.record import Event
 from edgegw.domain.tag import Scalar, Value
 from edgegw.drivers.registry import Drivers
-from edgegw.errors import ConfigError, NotConnected
+from edgegw.errors import ConfigError, JournalError, NotConnected
 from edgegw.journal.journal import Journal
 from edgegw.runtime.lock import held
 from edgegw.runtime.notify import Notifier
@@ -99,7 +99,7 @@ class Gateway:
             await self._uplink.finish()
         await self._services.stop_all()
         if not await self._journal.close():
-            log.error("journal: stopped with records that could not be written")
+            raise JournalError(f"journal {self._journal.path}: stopped with records that could not be written")
 
     def _scanner(self, name: str, device: Device) -> Scanner:
         driver = self._drivers.make(name, device)

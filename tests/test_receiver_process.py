@@ -6,6 +6,7 @@ import random
 import signal
 import sqlite3
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -278,7 +279,7 @@ def test_tls_trusts_the_given_authority_and_no_other(tmp_path: Path, kept: Path)
         assert code == 0
         assert "ready" in said.splitlines()
         command = ("edgegw", "receive", "--url", f"mqtts://localhost:{port}", "--to", to)
-        with Process("python", "-m", *command) as process:
+        with Process(sys.executable, "-m", *command) as process:
             process.wait_said("certificate verify failed")
 
 

@@ -51,8 +51,8 @@ class Drain:
         self._connection = connection
         self._window = max(1, min(config.inflight, connection.receive_maximum))
         self._pacer = Pacer(max(0.05, commit_s / 2), self._window - max(1, self._window // 4))
+        self._stream = journal.stream  # before what is settled: it may be replaced at any moment
         self._sent = journal.settled()
-        self._stream = journal.stream
         self._live: deque[tuple[Batch, bytes]] = deque()
         self._live_bytes = 0
         self._backlog: deque[tuple[Batch, bytes]] = deque()
