@@ -10,6 +10,10 @@ import click
 from edgegw.cli.options import config_option
 
 
+SWITCH_S = 0.0005
+"""How long one thread may keep the interpreter from another; Python's own 5 ms costs scans their place."""
+
+
 @click.command("run")
 @config_option
 @click.option(
@@ -36,5 +40,7 @@ def command(config_path: Path | None, log_level: str) -> None:
     async def main() -> None:
         await Gateway(config, plant, path).run()
 
+    # the journal's thread encodes for some milliseconds at a time: do not let the event loop wait for all of it
+    sys.setswitchinterval(SWITCH_S)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())
