@@ -71,7 +71,7 @@ def test_all_mistakes_of_all_rules_are_found_each_with_its_place() -> None:
         ("rule.one.until", "'meter.kw' is a number; expected a bool"),
         ("rule.one.do.meter.kw", "meter.kw is not writable"),
         ("rule.two.do.battery.kw", "70 is above max 50"),
-        ("rule.two.finally.batery.kw", "batery.kw is no tag of the configuration"),
+        ("rule.two.finally.batery.kw", "batery.kw is no tag of the configuration; did you mean battery.kw?"),
         ("rule.three.do.battery.kw", "found True; expected a number"),
         ("rule.three.do.relay.on", "'meter.kw' is a number; expected a bool"),
     ]

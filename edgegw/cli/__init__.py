@@ -19,6 +19,7 @@ _COMMANDS = {
     "status": ("edgegw.cli.status", "show link, backlog and devices"),
     "read": ("edgegw.cli.read", "read a device once, by hand"),
     "browse": ("edgegw.cli.browse", "list the address space of an OPC UA device"),
+    "rules": ("edgegw.cli.rules", "play a recording through the rules and show what they would have done"),
     "journal": ("edgegw.cli.journal", "figures, last records and integrity of the journal"),
     "size": ("edgegw.cli.size", "work out what an outage takes: bytes, days, drain time, wear"),
     "receive": ("edgegw.cli.receive", "subscribe, keep each record once, report gaps"),

@@ -7,7 +7,7 @@ from edgegw.config.load import Problem, load
 from edgegw.config.schema import Config, Device, Guard, ModbusTag, OpcUaTag
 from edgegw.config.schema import Rule as RuleConfig
 from edgegw.control.engine import Plant
-from edgegw.control.expression import Compiler, Expression
+from edgegw.control.expression import Compiler, Expression, did_you_mean
 from edgegw.control.guard import Limits, check
 from edgegw.control.rule import Rule
 
@@ -105,7 +105,8 @@ def _rule(
         for setpoint, value in given.items():
             limit = limits.get(setpoint)
             if limit is None or not limit.writable:
-                why = "is no tag of the configuration" if limit is None else "is not writable"
+                unknown = f"is no tag of the configuration{did_you_mean(setpoint, limits)}"
+                why = unknown if limit is None else "is not writable"
                 problems.append((("rule", name, key, setpoint), f"{setpoint} {why}"))
                 continue
             if not isinstance(value, str) and (refusal := check(limit, value)) is not None:

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from edgegw.config.units import Duration
+from edgegw.control.expression import did_you_mean
 from edgegw.control.guard import Limits, check
 from edgegw.domain.command import Reply, WriteCommand
 from edgegw.domain.tag import Scalar
@@ -82,7 +83,7 @@ def _wrong(
 def _wrong_writes(writes: Mapping[str, object], limits: Mapping[str, Limits]) -> str | None:
     for setpoint, value in writes.items():
         if setpoint not in limits:
-            return f"{setpoint[:130]}: no such tag"
+            return f"{setpoint[:130]}: no such tag{did_you_mean(setpoint[:130], limits)}"
         if (refusal := check(limits[setpoint], value)) is not None:
             return f"{setpoint}: {refusal.reason}"
     return None

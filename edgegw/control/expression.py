@@ -97,10 +97,7 @@ class Compiler:
         if unknown := re.search(r"undeclared reference to '([^']*)'", what):
             if unknown[1] == "math":
                 return "; there are math.least, math.greatest, math.abs, math.floor, math.ceil, math.round"
-            near = get_close_matches(unknown[1], self._kinds, n=3, cutoff=0.5)
-            alike = lambda name: sum(a == b for a, b in zip(name, unknown[1], strict=False))  # noqa: E731
-            best = max(near, key=alike, default=None)
-            return f"; did you mean {best}?" if best else f"; there are {_some(self._kinds)}"
+            return did_you_mean(unknown[1], self._kinds) or f"; there are {_some(self._kinds)}"
         if (
             "no matching overload" in what
             and "int" in what
@@ -121,6 +118,13 @@ def activation(values: Iterable[tuple[str, Any]]) -> dict[str, Scalar]:
         elif isinstance(value, int | float) and isfinite(value):
             made[name] = float(value)
     return made
+
+
+def did_you_mean(unknown: str, known: Iterable[str]) -> str:
+    """Return the hint at a known name that is much like an unknown one; nothing if none is."""
+    near = get_close_matches(unknown, list(known), n=3, cutoff=0.5)
+    best = max(near, key=lambda name: sum(a == b for a, b in zip(name, unknown, strict=False)), default=None)
+    return f"; did you mean {best}?" if best else ""
 
 
 def _clamp(x: float, low: float, high: float) -> float:
