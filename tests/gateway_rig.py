@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 
 from paho.mqtt import client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
-from rig import DEADLINE_S, Process
+from rig import DEADLINE_S, MOSQUITTO, PROTOCOL, Process
 
 from edgegw.domain import batch as batches
 from edgegw.domain.batch import Gap, Link
@@ -48,6 +48,10 @@ def config(broker_port: int, devices: dict[str, Any], **sections: dict[str, Any]
         "status": {"http": ""},
         "device": devices,
     }
+    if not MOSQUITTO:
+        made["uplink"]["protocol"] = (
+            "3.1.1"  # amqtt is silent to MQTT 5, and waiting for that is tested elsewhere
+        )
     for name, section in sections.items():
         made[name] = made.get(name, {}) | section
     return made
@@ -101,7 +105,7 @@ class Message(NamedTuple):
 class Subscriber:
     """Subscribes to everything of the gateway and keeps it."""
 
-    def __init__(self, port: int, topic: str = "edgegw/site-7/#", protocol: int = mqtt.MQTTv5) -> None:
+    def __init__(self, port: int, topic: str = "edgegw/site-7/#", protocol: int = PROTOCOL) -> None:
         self.messages: list[Message] = []
         self.subscribed = threading.Event()
         client = self._client = mqtt.Client(CallbackAPIVersion.VERSION2, protocol=protocol)

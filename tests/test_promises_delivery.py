@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from field import Field, field
 from gateway_rig import Message, Proxy, Subscriber, config, device, gateway, journal_head, union, until
-from rig import Process, free_port, mosquitto
+from rig import Process, free_port, mosquitto, needs_mosquitto
 
 KILLS = 8
 
@@ -287,6 +287,7 @@ async def test_p2_a_half_open_link_is_noticed_and_loses_nothing(tmp_path: Path, 
     assert counts == list(range(1, len(counts) + 1))
 
 
+@needs_mosquitto
 async def test_p2_acknowledge_subscriber_keeps_what_nobody_heard(tmp_path: Path, meter: Field) -> None:
     port = free_port()
     made = config(port, {"meter1": device(meter.port)}, uplink={"acknowledge": "subscriber"})

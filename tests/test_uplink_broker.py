@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from field import Field, field
 from gateway_rig import Subscriber, config, device, gateway, union, until
-from rig import MOSQUITTO, Process, free_port, mosquitto
+from rig import MOSQUITTO, Process, free_port, mosquitto, needs_mosquitto
 
 
 @pytest.fixture
@@ -88,6 +88,7 @@ async def test_a_broker_of_an_unknown_authority_is_refused(tmp_path: Path, meter
         assert not seen.batches()
 
 
+@needs_mosquitto
 async def test_user_and_password_file(tmp_path: Path, meter: Field) -> None:
     port = free_port()
     users = tmp_path / "users"
@@ -180,6 +181,7 @@ async def test_a_batch_larger_than_the_broker_takes_stays_and_is_said(tmp_path: 
         await stopped(run)
 
 
+@needs_mosquitto
 async def test_two_gateways_of_one_id_do_not_crash(tmp_path: Path, meter: Field) -> None:
     port = free_port()
     (tmp_path / "a").mkdir()
