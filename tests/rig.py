@@ -26,6 +26,7 @@ MOSQUITTO = (
 )
 """The broker; where it is not, amqtt takes its place in what needs no more than MQTT 3.1.1."""
 needs_mosquitto = pytest.mark.skipif(not MOSQUITTO, reason="needs what only mosquitto does; amqtt is here")
+needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
 PROTOCOL = mqtt.MQTTv5 if MOSQUITTO else mqtt.MQTTv311
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from field import Field, field
 from gateway_rig import Message, Proxy, Subscriber, config, device, gateway, journal_head, union, until
-from rig import Process, free_port, mosquitto, needs_mosquitto
+from rig import Process, free_port, mosquitto, needs_mosquitto, needs_strace
 
 KILLS = 8
 
@@ -29,6 +29,7 @@ async def stopped(process: Process) -> None:
     assert code == 0, process.lines
 
 
+@needs_strace
 async def test_p1_a_batch_is_on_the_disk_before_it_is_published(tmp_path: Path) -> None:
     """Every fdatasync is delayed: no batch may reach the broker before the one for its commit has returned."""
     port = free_port()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from field import Answer, Field, field, frame
 from gateway_rig import Subscriber, config, device, gateway, union, until
-from rig import Process, free_port, mosquitto
+from rig import Process, free_port, mosquitto, needs_strace
 
 
 def rss_mb(process: Process) -> float:
@@ -223,6 +223,7 @@ async def test_p4_memory_does_not_grow_with_a_broker_that_never_acknowledges(tmp
     assert late - early < 12, (early, late)
 
 
+@needs_strace
 async def test_p4_memory_is_bounded_while_the_disk_hangs(tmp_path: Path) -> None:
     """Each fdatasync takes five seconds: the inbox fills to its bound, and polling goes on."""
     strace = (
