@@ -9,7 +9,6 @@ import click
 
 from edgegw.cli.options import config_option
 
-
 SWITCH_S = 0.0005
 """How long one thread may keep the interpreter from another; Python's own 5 ms costs scans their place."""
 
