@@ -12,6 +12,7 @@ from edgegw.config.schema import Config, Device
 from edgegw.control.build import load_with_rules
 from edgegw.control.controller import Controller
 from edgegw.control.engine import Plant
+from edgegw.control.hand import HandService
 from edgegw.control.memory import MemoryFile
 from edgegw.domain.command import Reply
 from edgegw.domain.image import Image
@@ -46,6 +47,11 @@ class Gateway:
         self._memory = MemoryFile(path.with_name(path.name + ".control"))
         self._control = self._controller(plant)
         self._uplink = UplinkService(config, config_path, self._journal, self._link_changed, self._obey)
+        self._hand = HandService(
+            path.with_name(path.name + ".sock"),
+            lambda line: self._control.command(line, by_hand=True),
+            lambda tag: self._control.show(tag),
+        )
         self._notifier = Notifier()
         self._scanners = {name: self._scanner(name, device) for name, device in config.device.items()}
 
@@ -68,6 +74,7 @@ class Gateway:
         self._journal.append(Event(self._started_ms, "start", {"version": __version__}))
         self._services.start("uplink", self._uplink.run)
         self._services.start("control", self._control.run)
+        self._services.start("hand", self._hand.run)
         for name, scanner in self._scanners.items():
             self._services.start(f"device.{name}", scanner.run)
         if self._config.status.http:
@@ -99,7 +106,9 @@ class Gateway:
             await self._uplink.finish()
         await self._services.stop_all()
         if not await self._journal.close():
-            raise JournalError(f"journal {self._journal.path}: stopped with records that could not be written")
+            raise JournalError(
+                f"journal {self._journal.path}: stopped with records that could not be written"
+            )
 
     def _scanner(self, name: str, device: Device) -> Scanner:
         driver = self._drivers.make(name, device)

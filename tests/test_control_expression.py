@@ -82,10 +82,12 @@ def test_limits_that_cannot_be_are_found() -> None:
         "a.x": "number writable max=50 safe=60",
         "a.y": "bool writable max=1",
         "a.z": "number writable safe=true",
+        "a.i": "int writable max_step=0.5",
     }
     _, problems = plant(tags, {})
     assert [(".".join(where), what) for where, what in problems] == [
         ("device.a.tags.x.safe", "60 is above max 50"),
         ("device.a.tags.y", "a bool has no min, max, max_step or ramp"),
         ("device.a.tags.z.safe", "found True; expected a number"),
+        ("device.a.tags.i.max_step", "found 0.5; a register that counts in 1 would never move"),
     ]

@@ -52,7 +52,7 @@ def limits(draw: Any) -> Limits:
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from([0.0, 0.01, 0.25, 1.0, 30.0, 1000.0, 4000.0]),
+        st.sampled_from([0.0, 0.01, 0.1, 0.25, 1.0, 30.0, 1000.0, 4000.0]),
         ANYTHING,
         st.sampled_from(["confirmed", "confirmed", "lost", "moved"]),
     ),
@@ -104,13 +104,15 @@ def within(
     if of.max_step is None and of.ramp_per_s is None:
         return
     assert present is not None, "a step from an unknown value"
+    pace_s = max(of.min_interval_s, RAMP_TICK_S)
+    paced = not write.final or of.ramp_per_s is None
+    assert not paced or not written or now_s - written[-1] >= pace_s - 1e-9, "steps too close to each other"
     inside = (of.min is None or present >= of.min) and (of.max is None or present <= of.max)
     if not inside:
         return  # it is brought into its range first
     moved = abs(value - present)
     assert of.max_step is None or moved <= of.max_step + 1e-6
     if of.ramp_per_s is not None:
-        pace_s = max(of.min_interval_s, RAMP_TICK_S)
         since_s = min(now_s - written[-1], pace_s) if written else pace_s
         assert moved <= of.ramp_per_s * since_s + 1e-6
     assert min(present, float(wanted)) - 1e-9 <= value <= max(present, float(wanted)) + 1e-9, "the wrong way"

@@ -18,6 +18,7 @@ _COMMANDS = {
     "sim": ("edgegw.cli.sim", "run the simulated field that config.example.toml expects"),
     "status": ("edgegw.cli.status", "show link, backlog and devices"),
     "read": ("edgegw.cli.read", "read a device once, by hand"),
+    "write": ("edgegw.cli.write", "write one tag by hand, through its guard"),
     "browse": ("edgegw.cli.browse", "list the address space of an OPC UA device"),
     "rules": ("edgegw.cli.rules", "play a recording through the rules and show what they would have done"),
     "journal": ("edgegw.cli.journal", "figures, last records and integrity of the journal"),

@@ -83,6 +83,9 @@ def _resolution(tag: Guard) -> float:
 def _odd_limits(where: tuple[str, ...], tag: Guard, limits: Limits) -> Problems:
     if limits.kind != "number" and any(x is not None for x in (tag.min, tag.max, tag.max_step, tag.ramp)):
         return [(where, f"a {limits.kind} has no min, max, max_step or ramp")]
+    if tag.max_step is not None and tag.max_step < limits.resolution:
+        steps = f"a register that counts in {limits.resolution:g} would never move"
+        return [((*where, "max_step"), f"found {tag.max_step:g}; {steps}")]
     if tag.safe is not None and tag.writable and (refusal := check(limits, tag.safe)) is not None:
         return [((*where, "safe"), refusal.reason)]
     return []

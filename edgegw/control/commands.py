@@ -8,7 +8,7 @@ import msgspec
 from edgegw.config.units import Duration
 from edgegw.control.expression import did_you_mean
 from edgegw.control.guard import Limits, check
-from edgegw.domain.command import Reply, WriteCommand
+from edgegw.domain.command import HAND, Reply, WriteCommand
 from edgegw.domain.tag import Scalar
 
 COMMAND_BYTES = 64 * 1024
@@ -22,8 +22,9 @@ _KEYS = {"id", "write", "expires", "lease", "replay"}
 
 
 def read(
-    payload: bytes, *, retained: bool, limits: Mapping[str, Limits], done: Mapping[str, int], now_ms: int
-) -> WriteCommand | Reply:
+    payload: bytes, *, limits: Mapping[str, Limits], done: Mapping[str, int], now_ms: int,
+    retained: bool = False, by_hand: bool = False,
+) -> WriteCommand | Reply:  # fmt: skip
     """Return the command in a message, or the answer that says why nothing is done about it.
 
     `done` holds the ids of earlier commands. All setpoints are checked before any is written.
@@ -39,6 +40,8 @@ def read(
     name = message.get("id")
     if not isinstance(name, str) or not 0 < len(name) <= ID_LENGTH:
         return Reply(None, False, f"id: expected a string of 1 to {ID_LENGTH} characters")
+    if name.startswith(HAND) != by_hand:
+        return Reply(name, False, f"id: {HAND}... is for writes by hand at the gateway, and only for these")
     wrong = _wrong(message, retained, name, done, now_ms) or _wrong_writes(message["write"], limits)
     if wrong:
         return Reply(name, False, wrong)

@@ -15,7 +15,7 @@ import msgspec
 from edgegw import clock
 from edgegw.control import commands, engine
 from edgegw.control.engine import Cycle, Planned, Plant, State
-from edgegw.control.memory import MemoryFile
+from edgegw.control.memory import Memory, MemoryFile, decode
 from edgegw.control.rule import LinkState
 from edgegw.domain.command import Reply, WriteCommand
 from edgegw.domain.image import Image
@@ -45,15 +45,6 @@ class Ledger(Protocol):
     async def flush(self) -> None:
         """Return when all of that is durable."""
         ...
-
-
-class _Memory(msgspec.Struct):
-    """What survives a restart. Monotonic times are good for one boot of the machine."""
-
-    boot: str
-    state: State
-    done: dict[str, int]
-    saved_s: float
 
 
 class Controller:
@@ -215,24 +206,25 @@ class Controller:
 
     # -- commands ----------------------------------------------------------------------------------------
 
-    async def command(self, payload: bytes, *, retained: bool = False) -> Reply:
+    async def command(self, payload: bytes, *, retained: bool = False, by_hand: bool = False) -> Reply:
         """Act on a command once, and answer it; the same message once more gets the same answer."""
         message = hashlib.sha256(payload).digest()
         again = self._answers.get(message)
         if again is not None and not retained:
             return await asyncio.shield(again)
-        answer = asyncio.ensure_future(self._command(payload, retained))
+        answer = asyncio.ensure_future(self._command(payload, retained, by_hand))
         if not retained:
             self._answers[message] = answer
         while len(self._answers) > ANSWERS:
             del self._answers[next(iter(self._answers))]
         return await asyncio.shield(answer)
 
-    async def _command(self, payload: bytes, retained: bool) -> Reply:
+    async def _command(self, payload: bytes, retained: bool, by_hand: bool) -> Reply:
         now_ms = clock.wall_ms()
         asked = commands.read(
-            payload, retained=retained, limits=self._plant.limits, done=self._done, now_ms=now_ms
-        )
+            payload, retained=retained, by_hand=by_hand, limits=self._plant.limits, done=self._done,
+            now_ms=now_ms,
+        )  # fmt: skip
         if isinstance(asked, Reply):
             return self._answered(asked)
         if (objection := self._objection(asked)) is not None:
@@ -286,6 +278,18 @@ class Controller:
         writes = {at: commands.as_number(value, kinds[at]) for at, value in asked.writes.items()}
         return engine.command(self.state, asked.id, writes, asked.lease_s, clock.mono_s())
 
+    def show(self, setpoint: str) -> dict[str, Any]:
+        """Return what is known of a tag, for a hand at the gateway: its value and who has it."""
+        device, _, tag = setpoint.partition(".")
+        latest, history = self._image.devices.get(device), self.state.histories.get(setpoint)
+        shown: dict[str, Any] = {"value": None, "quality": "bad:not-read"}
+        if latest is not None and tag in latest.values:
+            shown = {"value": latest.values[tag], "quality": latest.quality.get(tag)}
+        since_s = history.since_s or 0.0 if history is not None and history.value is not None else None
+        if history is not None and since_s is not None and (latest is None or latest.at_s <= since_s):
+            shown = {"value": history.value, "quality": None}  # written since it was read
+        return {**shown, "owner": self.state.owners.get(setpoint)}
+
     # -- memory ------------------------------------------------------------------------------------------
 
     def _lasting(self) -> tuple[object, ...]:
@@ -295,17 +299,12 @@ class Controller:
 
     def _remembered(self) -> bytes:
         self._saved = self._lasting()
-        return msgspec.json.encode(_Memory(clock.boot_id(), self.state, self._done, clock.mono_s()))
+        return msgspec.json.encode(Memory(clock.boot_id(), self.state, self._done, clock.mono_s()))
 
     def _restore(self, memory: bytes | None) -> None:
         """Take up what was remembered; rules and setpoints that are no more are let go."""
         boot, now_s = clock.boot_id(), clock.mono_s()
-        known = _Memory(boot, State(), {}, now_s)
-        if memory is not None:
-            try:
-                known = msgspec.json.decode(memory, type=_Memory)
-            except msgspec.MsgspecError as error:
-                log.error("control: what was remembered cannot be read (%s); every rule begins anew", error)
+        known = decode(memory) or Memory(boot, State(), {}, now_s)
         self._done = known.done
         self.state = engine.restored(
             known.state, self._plant, now_s, saved_s=known.saved_s, same_boot=known.boot == boot

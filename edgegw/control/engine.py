@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from edgegw.control import arbiter
 from edgegw.control.arbiter import Demand
 from edgegw.control.expression import activation
-from edgegw.control.guard import RAMP_TICK_S, History, Limits, Refuse, Wait, check, guard
+from edgegw.control.guard import History, Limits, Refuse, Wait, check, guard, pace_s
 from edgegw.control.rule import LinkState, Rule, RuleState, judge
 from edgegw.domain import quality
+from edgegw.domain.command import HAND
 from edgegw.domain.image import Latest
 from edgegw.domain.tag import Scalar
 
@@ -290,12 +291,15 @@ class _Step:
                 self.farewells[setpoint] = Farewell(f"rule:{rule.name}", value, cause, rule.priority)
 
     def _leases(self, ruled: frozenset[str]) -> Iterator[Demand]:
-        """Yield what commands hold; end leases whose time is over, and open-ended ones on an islanded link."""
+        """Yield what commands hold; end leases whose time is over, and open-ended ones on an islanded link.
+
+        A hand at the gateway needs no link.
+        """
         islanded = self.link == "islanded"
         for setpoint, lease in list(self.leases.items()):
             if lease.until_s is not None and lease.until_s > self.now_s:
                 self.due.append(lease.until_s)
-            elif lease.until_s is not None or islanded:
+            elif lease.until_s is not None or (islanded and not lease.command.startswith(HAND)):
                 del self.leases[setpoint]
                 safe = self.plant.limits[setpoint].safe
                 if setpoint not in ruled and safe is not None and lease.until_s is not None:
@@ -347,7 +351,7 @@ class _Step:
             self.histories[setpoint] = history.wrote(verdict.value, self.now_s, limits.max_per_hour)
             self.writes.append(Planned(setpoint, verdict.value, present, demand.cause))
             if not verdict.final:
-                self.due.append(self.now_s + max(limits.min_interval_s, RAMP_TICK_S))
+                self.due.append(self.now_s + pace_s(limits))
 
     def _refused(self, demand: Demand, wanted: Scalar, refuse: Refuse) -> None:
         """Note a refusal: an event when it begins, not one for every cycle and every value of an expression."""

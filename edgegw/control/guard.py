@@ -115,23 +115,30 @@ def guard(
         return Refuse("present", "the present value is not known, and a ramp or max_step starts from it")
     step = _step(limits, history, now_s)
     distance = float(wanted) - present
-    if abs(distance) <= step:
+    early = history.at_s is not None and now_s < history.at_s + pace_s(limits)
+    if abs(distance) <= step and not (early and limits.ramp_per_s is None):
         return Write(wanted, final=True)
-    if step <= 0.0:
-        return Wait(now_s + RAMP_TICK_S)
+    if early and history.at_s is not None:
+        return Wait(history.at_s + pace_s(limits))
     return Write(_within(limits, present + (step if distance > 0 else -step)), final=False)
 
 
 RAMP_TICK_S = 0.25
-"""How often a ramp moves on where no min_interval says otherwise."""
+"""How often a setpoint that is on its way moves on, where no min_interval says otherwise."""
+
+
+def pace_s(limits: Limits) -> float:
+    """Return the time between two steps: with a slow ramp as long as the smallest difference takes."""
+    slowest_s = limits.resolution / limits.ramp_per_s if limits.ramp_per_s is not None else 0.0
+    return max(limits.min_interval_s, RAMP_TICK_S, slowest_s)
 
 
 def _step(limits: Limits, history: History, now_s: float) -> float:
     """Return how far one write may go."""
     step = limits.max_step if limits.max_step is not None else float("inf")
     if limits.ramp_per_s is not None:
-        pace_s = max(limits.min_interval_s, RAMP_TICK_S)
-        since_s = pace_s if history.at_s is None else min(now_s - history.at_s, pace_s)
+        longest_s = pace_s(limits)
+        since_s = longest_s if history.at_s is None else min(now_s - history.at_s, longest_s)
         step = min(step, limits.ramp_per_s * since_s)
     return step
 

@@ -10,7 +10,34 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
+
+from edgegw.control.engine import State
+
 log = logging.getLogger(__name__)
+
+
+class Memory(msgspec.Struct):
+    """What survives a restart: control's state, and the ids of commands with the moment that they expire.
+
+    Monotonic times, as `saved_s`, are good for one boot of the machine.
+    """
+
+    boot: str
+    state: State
+    done: dict[str, int]
+    saved_s: float
+
+
+def decode(content: bytes | None) -> Memory | None:
+    """Return what was remembered, None if that is nothing or cannot be read."""
+    if content is None:
+        return None
+    try:
+        return msgspec.json.decode(content, type=Memory)
+    except msgspec.MsgspecError as error:
+        log.error("control: what was remembered cannot be read (%s); every rule begins anew", error)
+        return None
 
 
 class MemoryFile:

@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 from edgegw.domain.tag import Scalar
 
+HAND = "hand-"
+"""What the ids of commands begin with that a hand at the gateway gives."""
+
 
 class WriteCommand(NamedTuple):
     """Write setpoints, and hold them for the lease if there is one."""
