@@ -29,7 +29,7 @@ from control_field import (
     site,
     stop,
 )
-from gateway_rig import until
+from gateway_rig import toml, until
 from rig import MOSQUITTO, Process, free_port, mosquitto
 
 PEAK: dict[str, Any] = {
@@ -580,3 +580,24 @@ async def test_p7_killed_at_random_moments_no_setpoint_is_left_where_no_rule_wan
     assert all(-50.0 <= value <= 50.0 for value in plant.values())
     steps = [b - a for a, b in zip([0.0, *plant.values()], plant.values(), strict=False)]
     assert max(map(abs, steps)) <= 25.0 + 1e-3, "a jump"
+
+
+async def test_p7_a_reload_forgets_nothing_also_on_a_disk_that_takes_nothing(tmp_path: Path) -> None:
+    """A rule that stays is on all the while; what one held that is gone goes to safe."""
+    rules = {"peak": PEAK, "plain": {"when": "meter.kw > 80.0", "do": {"battery.relay": True}}}
+    async with site() as plant:
+        plant.set(90.0)
+        (tmp_path / "journal.db.control.new").mkdir()  # control's memory cannot be written
+        with running(tmp_path, configuration(plant, rules)) as run:
+            await until(lambda: plant.get() == 30.0 and plant.coils[BATTERY][RELAY], "both rules")
+            made = configuration(plant, {"peak": PEAK})
+            (tmp_path / "config.toml").write_text(toml(made))
+            run.send(signal.SIGHUP)
+            await until(lambda: not plant.coils[BATTERY][RELAY], "safe")
+            await plant.scanned(5, BATTERY)
+            plant.set(95.0)
+            await until(lambda: plant.get() == 35.0, "the rule that stays")
+            await stop(run)
+    assert plant.values() == [30.0, 35.0]
+    assert [e["rule"] for e in records(tmp_path, "rule-on")] == ["peak", "plain"]
+    assert records(tmp_path, "rule-off") == []

@@ -307,5 +307,6 @@ class Controller:
         known = decode(memory) or Memory(boot, State(), {}, now_s)
         self._done = known.done
         self.state = engine.restored(
-            known.state, self._plant, now_s, saved_s=known.saved_s, same_boot=known.boot == boot
-        )
+            known.state, self._plant, now_s, saved_s=known.saved_s, same_boot=known.boot == boot,
+            reload=self._memory.in_process,
+        )  # fmt: skip

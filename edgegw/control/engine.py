@@ -423,8 +423,10 @@ def counting(plant: Plant, state: State, now_s: float) -> bool:
     )
 
 
-def restored(state: State, plant: Plant, now_s: float, *, saved_s: float, same_boot: bool) -> State:
-    """Return the state after a restart, from the one that was saved at `saved_s`.
+def restored(
+    state: State, plant: Plant, now_s: float, *, saved_s: float, same_boot: bool, reload: bool = False
+) -> State:
+    """Return the state after a restart (or a mere reload), from the one that was saved at `saved_s`.
 
     Every rule counts as just switched. A `for` goes on where it was, the time between not counted; a `hold` counts
     it. A setpoint is read before it is written. After a reboot the monotonic clock has begun anew: leases are over,
@@ -438,11 +440,9 @@ def restored(state: State, plant: Plant, now_s: float, *, saved_s: float, same_b
         undecided_s = _shifted(was.undecided_since_s, 0.0 if same_boot else shift_s)
         rules[rule.name] = RuleState(was.active, now_s, _shifted(was.true_since_s, shift_s), undecided_s)
     histories = {
-        at: History(
-            None,
-            history.at_s if same_boot else now_s,
-            history.hour if same_boot else (now_s,) * len(history.hour),
-        )
+        at: history._replace(value=history.value if reload else None)
+        if same_boot
+        else History(None, now_s, (now_s,) * len(history.hour))
         for at, history in state.histories.items()
         if at in known and history.at_s is not None
     }

@@ -50,6 +50,11 @@ class MemoryFile:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="control-memory")
         self._failing = False
 
+    @property
+    def in_process(self) -> bool:
+        """Tell whether what will be loaded was saved by this process: a reload, no restart."""
+        return bool(self._newest)
+
     def load(self) -> bytes | None:
         """Return what was saved last, None if there is nothing.
 
