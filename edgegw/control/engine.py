@@ -5,7 +5,7 @@ waits or touches a device. The controller runs it on the plant, `rules test` on 
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from math import inf, isclose
+from math import inf, isclose, nextafter
 from typing import Any, NamedTuple
 
 from edgegw.control import arbiter
@@ -99,6 +99,10 @@ class _Known(NamedTuple):
     demands: list[Demand]
 
 
+DUE_MARGIN_S = 0.002
+"""Near the moment that something falls due, a rule is looked at anew: a cycle is asked for a little after it."""
+
+
 class Memo:
     """Spares a cycle the rules whose inputs have not changed: it never changes what a cycle comes to.
 
@@ -184,7 +188,7 @@ class _Step:
             return self.extra.get(name)
         stale_after_s = self.plant.rule_stale_after_s.get(rule.name, self.plant.stale_after_s[device])
         if not latest.held:
-            self.due.append(latest.at_s + stale_after_s + 0.001)
+            self.due.append(nextafter(latest.at_s + stale_after_s, inf))
         if not latest.fresh(self.now_s, stale_after_s) or tag in latest.quality:
             return None
         return latest.values.get(tag)
@@ -224,7 +228,7 @@ class _Step:
         if (
             known is not None
             and known.link == self.link
-            and self.now_s < known.due_s
+            and self.now_s < known.due_s - DUE_MARGIN_S
             and known.state is self.rules.get(rule.name)
             and all(now is then for now, then in zip(seen, known.seen, strict=True))
         ):
