@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from control_rig import Site, plant
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edgegw.control.arbiter import Demand, arbitrate
@@ -158,6 +158,13 @@ STORY = st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.5, 1.0, 5.0, 60.0]), ACT
 
 
 @settings(max_examples=300, deadline=None)
+@example(  # an input that grows too old in the last digit of a double
+    [
+        (60.0, ("restart", True)), (0.1, ("see", "src.a", None)), (0.1, ("see", "src.a", None)),
+        (5.0, ("see", "src.a", 21.0)), (60.0, ("see", "src.ok", False)), (0.0, ("see", "src.ok", None)),
+        (5.0, ("see", "src.ok", None)),
+    ]
+)  # fmt: skip
 @given(STORY)
 def test_p8_whatever_happens_to_a_site_its_setpoints_are_written_within_their_limits_by_one_owner(
     story: list[Any],

@@ -67,7 +67,7 @@ def test_timers_end_between_rows_and_a_hole_leaves_rules_undecided() -> None:
     found = played(lines, rule)
     assert found["rules"]["peak"]["spans"] == [(T0 + 1500, None)]
     assert found["setpoints"]["battery.kw"]["causes"] == {"rule:peak": 2, "failsafe": 1}
-    assert (T0 + 5001, 0.0) in found["setpoints"]["battery.kw"]["points"], (
+    assert (T0 + 5000, 0.0) in found["setpoints"]["battery.kw"]["points"], (
         "three periods after the last reading"
     )
 

@@ -22,7 +22,7 @@ class Latest(NamedTuple):
 
     def fresh(self, now_s: float, stale_after_s: float) -> bool:
         """Tell whether the readings are young enough to act on."""
-        return self.held or now_s - self.at_s <= stale_after_s
+        return self.held or now_s <= self.at_s + stale_after_s
 
 
 class Image:
