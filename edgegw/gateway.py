@@ -8,7 +8,7 @@ from typing import Any
 
 from edgegw import __version__, clock
 from edgegw.config.load import journal_path
-from edgegw.config.schema import Config, Device
+from edgegw.config.schema import AnyDevice, Config
 from edgegw.control.build import load_with_rules
 from edgegw.control.controller import Controller
 from edgegw.control.engine import Plant
@@ -25,6 +25,7 @@ from edgegw.runtime.lock import held
 from edgegw.runtime.notify import Notifier
 from edgegw.runtime.supervisor import Supervisor
 from edgegw.scan.scanner import Scanner
+from edgegw.scan.report import reporter
 from edgegw.status.server import StatusServer
 from edgegw.uplink.link import Link
 from edgegw.uplink.uplink import UplinkService
@@ -110,10 +111,15 @@ class Gateway:
                 f"journal {self._journal.path}: stopped with records that could not be written"
             )
 
-    def _scanner(self, name: str, device: Device) -> Scanner:
+    def _scanner(self, name: str, device: AnyDevice) -> Scanner:
         driver = self._drivers.make(name, device)
         return Scanner(
-            name, driver, self._journal.append, self._image, lambda device: self._control.touch(device)
+            name,
+            driver,
+            self._journal.append,
+            self._image,
+            lambda device: self._control.touch(device),
+            reporter(device),
         )
 
     def _controller(self, plant: Plant) -> Controller:

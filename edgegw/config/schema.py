@@ -1,7 +1,8 @@
 """The configuration as frozen models: every key of the contract, its type and its default."""
 
 import re
-from typing import Annotated, Any, Literal, Self
+from math import inf
+from typing import Annotated, Any, Literal, NamedTuple, Self
 from urllib.parse import parse_qs, urlsplit
 
 from pydantic import (
@@ -10,9 +11,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     field_validator,
     model_validator,
 )
+from pydantic_core import core_schema
 
 from edgegw.config.units import Duration, ModbusAddress, Ramp, Size
 from edgegw.domain.tag import GATEWAY_ID, NAME
@@ -187,6 +190,39 @@ class Guard(Model):
     max_per_hour: int | None = Field(None, ge=1)
     safe: float | bool | str | None = None
 
+class Deadband(NamedTuple):
+    """How far a number may move from what was last reported: an absolute width, or a share of that value."""
+
+    width: float = 0.0
+    share: float = 0.0
+
+    @classmethod
+    def parse(cls, given: Any) -> "Deadband":
+        """Read a number, or a share written as `2%`; raise ValueError with what would have been right."""
+        if isinstance(given, Deadband):
+            return given
+        if isinstance(given, int | float) and not isinstance(given, bool) and 0 <= given < inf:
+            return cls(width=float(given))
+        if isinstance(given, str) and (match := re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*%", given)):
+            return cls(share=float(match[1]) / 100)
+        raise ValueError(
+            f"found {given!r}; expected 0 or more in the tag's unit, as in 0.05, or a share of the last reported "
+            'value, as in "2%"'
+        )
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(cls.parse)
+
+
+def _deadband_fits(deadband: Deadband, kind: str) -> None:
+    """Raise ValueError if a deadband stands beside a type that has no distances."""
+    if any(deadband) and (kind == "bool" or kind.startswith("string") or kind.endswith("[]")):
+        raise ValueError(f"found a deadband on type {kind!r}, of which any change counts; expected a number")
+
+
     @model_validator(mode="after")
     def _limits(self) -> Self:
         if self.min is not None and self.max is not None and self.min > self.max:
@@ -209,7 +245,7 @@ class ModbusTag(Guard):
     scale: float = 1.0
     offset: float = 0.0
     unit: str = ""
-    deadband: float | str = 0.0
+    deadband: Deadband = Deadband()
 
     @field_validator("type")
     @classmethod
@@ -231,6 +267,7 @@ class ModbusTag(Guard):
                 f"found type {self.type!r} at {self.address}; a bool in a register names its bit, as in "
                 f"{self.address.table}:{self.address.start}.0, and only a bool does"
             )
+        _deadband_fits(self.deadband, self.type)
         if self.writable and self.address.table in ("input", "discrete"):
             raise ValueError(f"{self.address.table} cannot be written; found writable = true")
         if self.type in ("bool",) or self.type.startswith("string:"):
@@ -274,11 +311,16 @@ class OpcUaTag(Guard):
     scale: float = 1.0
     offset: float = 0.0
     unit: str = ""
-    deadband: float | str = 0.0
+    deadband: Deadband = Deadband()
 
     @field_validator("type")
     @classmethod
     def _type(cls, text: str) -> str:
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        _deadband_fits(self.deadband, self.type)
+        return self
+
         if text and text.removesuffix("[]") not in (*REGISTERS, "string"):
             raise ValueError(
                 f"found {text!r}; expected one of {', '.join(REGISTERS)} or string, "
@@ -308,13 +350,6 @@ class Device(Model):
     def _timeout(cls, value: Duration) -> Duration:
         if not 1 <= value <= 60_000:
             raise ValueError(f"found {value} ms; expected 1ms to 60s")
-        return value
-
-    @field_validator("report")
-    @classmethod
-    def _report(cls, value: str) -> str:
-        if value == "change":
-            raise not_yet('report = "change"')
         return value
 
 

@@ -12,6 +12,7 @@ from edgegw.domain.tag import Scalar, Value
 from edgegw.drivers.base import Driver
 from edgegw.errors import DeviceError
 from edgegw.scan import schedule
+from edgegw.scan.report import Reporter
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class Scanner:
 
     def __init__(
         self, name: str, driver: Driver, append: Callable[[Record], None], image: Image,
-        touched: Callable[[str], None],
+        touched: Callable[[str], None], reporter: Reporter | None = None,
     ) -> None:  # fmt: skip
         self.name = name
         self.state = "unknown"
@@ -35,6 +36,7 @@ class Scanner:
         self._append = append
         self._image = image
         self._touched = touched
+        self._reporter = reporter
         self._failures = 0
         self._down_since = 0.0
 
@@ -74,7 +76,7 @@ class Scanner:
             self.readings += len(scan.values)
             self.last_ts = scan.ts
         self._touched(self.name)  # control first: it must not wait for anything else
-        for scan in scans:
+        for scan in scans if self._reporter is None else self._reporter.report(scans, at_s):
             self._append(scan)
         self.scans += len(scans)
 
@@ -97,6 +99,8 @@ class Scanner:
             self._append(Event(now_ms, "device-down", {"device": self.name, "reason": error.reason}))
             self._down_since = clock.mono_s()
         self.state, self.reason = "bad", error.reason
+        if self._reporter is not None:
+            self._reporter.forget()
         self._image.lost(self.name, clock.mono_s())
         self._touched(self.name)
 
