@@ -36,7 +36,18 @@ def _duration(ctx: click.Context, param: click.Parameter, value: str) -> Duratio
 @click.option("--idle", default="5s", show_default=True, callback=_duration, help="How long --once waits.")
 @click.option("--report", is_flag=True, help="Only print the report of what --to holds; connect to nothing.")
 @click.option(
-    "--import", "import_file", type=click.Path(path_type=Path), help="Take in an exported file instead."
+    "--import", "import_file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Take in an exported file instead.",
+)  # fmt: skip
+@click.option(
+    "--public-key", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="With --import: only what was signed with this Ed25519 key's other half (PEM).",
+)  # fmt: skip
+@click.option("--gateway", help="With --import: only what is of the gateway with this id.")
+@click.option(
+    "--receipt",
+    type=click.Path(path_type=Path),
+    help="With --import: where to write the receipt; default FILE.receipt.",
 )
 @click.option(
     "--protocol",
@@ -64,6 +75,9 @@ def command(
     idle: Duration,
     report: bool,
     import_file: Path | None,
+    public_key: Path | None,
+    gateway: str | None,
+    receipt: Path | None,
     protocol: str,
     client_id: str | None,
     username: str | None,
@@ -82,7 +96,12 @@ def command(
     conflict, or if a chain is broken.
     """
     if import_file is not None:
-        raise click.UsageError("--import is not yet available in this version")
+        from edgegw.cli.journal.take_in import take_in
+
+        take_in(import_file, to, public_key=public_key, gateway=gateway, receipt=receipt, as_json=as_json)
+        return
+    if public_key or gateway or receipt:
+        raise click.UsageError("--public-key, --gateway and --receipt need --import")
     target.check(to)
     if report:
         _only_report(to, as_json)

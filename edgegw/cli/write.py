@@ -1,21 +1,18 @@
 """`edgegw write`: one tag by hand, through its guard and the ledger."""
 
 import asyncio
-import json
-import os
-import socket
 import sys
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgegw.cli.daemon import Ask, converse, own
 from edgegw.cli.options import config_option, json_option, load_config, print_json
-from edgegw.errors import EdgegwError, JournalError, NoAnswer
+from edgegw.errors import JournalError, NoAnswer
 
 if TYPE_CHECKING:
     from edgegw.config.schema import Config
@@ -24,12 +21,9 @@ if TYPE_CHECKING:
     from edgegw.control.hand import Alone
     from edgegw.domain.tag import Scalar
 
-ANSWER_S = 90.0
-"""How long the daemon may take: for its journal, and for a device with the longest time-out."""
 EXPIRES_MS = 30_000
 READ_S = 15.0
 OPEN_S = 5.0
-GONE = (FileNotFoundError, ConnectionRefusedError)
 
 Confirm = Callable[[Any, str], bool]
 
@@ -146,42 +140,19 @@ def _by_daemon(
 ) -> dict[str, Any] | None:
     """Have the running gateway do it; return None if none runs."""
     from edgegw.config.load import journal_path
-    from edgegw.control.hand import address
 
-    journal = journal_path(config, path)
-    file = journal.with_name(journal.name + ".sock")
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(ANSWER_S)
-            with address(file) as short:
-                sock.connect(short)
-            with sock.makefile("rwb") as wire:
-                known = _ask(wire, {"show": tag})
-                owner = f", {known['owner']} has authority" if known.get("owner") else ""
-                if not confirm(known.get("value"), owner):
-                    return _declined(name)
-                message = {"id": name, "write": {tag: wanted}, "expires": _now_ms() + EXPIRES_MS}
-                reply = _ask(wire, message | ({"lease": lease} if lease else {}))
-                now = _ask(wire, {"show": tag})["value"] if reply["ok"] else None
-    except GONE:
-        return None
-    except PermissionError:
-        raise EdgegwError(
-            f"{file}: permission denied; expected a user who may, as in: sudo edgegw write"
-        ) from None
-    except (OSError, ValueError, KeyError) as error:
-        raise EdgegwError(f"{file}: the gateway did not answer: {error}") from None
-    held = f"for {lease}" if lease else "until another command, or another's authority"
-    return {**reply, "tag": tag, "wanted": wanted, "value": now, "note": f"held by the gateway {held}"}
+    def talk(ask: Ask) -> dict[str, Any]:
+        known = ask({"show": tag})
+        owner = f", {known['owner']} has authority" if known.get("owner") else ""
+        if not confirm(known.get("value"), owner):
+            return _declined(name)
+        message = {"id": name, "write": {tag: wanted}, "expires": _now_ms() + EXPIRES_MS}
+        reply = ask(message | ({"lease": lease} if lease else {}))
+        now = ask({"show": tag})["value"] if reply["ok"] else None
+        held = f"for {lease}" if lease else "until another command, or another's authority"
+        return {**reply, "tag": tag, "wanted": wanted, "value": now, "note": f"held by the gateway {held}"}
 
-
-def _ask(wire: Any, message: dict[str, Any]) -> dict[str, Any]:
-    wire.write(json.dumps(message).encode() + b"\n")
-    wire.flush()
-    answer = json.loads(wire.readline())
-    if not isinstance(answer, dict):
-        raise ValueError("found no object")
-    return answer
+    return converse(journal_path(config, path), "write", talk)
 
 
 def _now_ms() -> int:
@@ -207,7 +178,7 @@ async def _alone(
     from edgegw.runtime.lock import held
 
     file = journal_path(config, path)
-    _own(file)
+    own(file, "write")
     device = tag.partition(".")[0]
     with held(file.with_name(file.name + ".lock"), f"journal {file}"):
         journal = Journal(file, config.gateway.id, config.journal, config.uplink.max_message)
@@ -241,17 +212,3 @@ def _told(done: "Alone", tag: str, wanted: "Scalar") -> dict[str, Any]:
             f"one step towards {_shown(wanted)}, no further: the gateway, which would go on, is not running"
         )
     return {**done.reply.wire(), "tag": tag, "wanted": wanted, "value": done.new, "note": note}
-
-
-def _own(file: Path) -> None:
-    """Keep root from leaving files that the gateway's own user could not open."""
-    with suppress(FileNotFoundError):
-        owner = (file if file.exists() else file.parent).stat().st_uid
-        if os.geteuid() == 0 and owner != 0:
-            import pwd
-
-            with suppress(KeyError):
-                raise EdgegwError(
-                    f"{file} is another user's; expected: sudo -u {pwd.getpwuid(owner).pw_name} edgegw write"
-                )
-            raise EdgegwError(f"{file} is user {owner}'s; run edgegw write as that user")

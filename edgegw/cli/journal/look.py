@@ -1,4 +1,4 @@
-"""`edgegw journal`: what is in the journal, and whether it is sound."""
+"""`edgegw journal stat`, `tail`, `verify`: what is in the journal, and whether it is sound."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -14,12 +14,7 @@ from edgegw.domain.batch import Gap, Kind, Link
 from edgegw.errors import JournalDamaged
 
 
-@click.group("journal")
-def command() -> None:
-    """Figures, last records and integrity of the journal; the gateway may run meanwhile."""
-
-
-@command.command("stat")
+@click.command("stat")
 @config_option
 @json_option
 def stat(config_path: Path | None, as_json: bool) -> None:
@@ -48,7 +43,7 @@ def stat(config_path: Path | None, as_json: bool) -> None:
         click.echo(f"{name:<18} {value:,}" if isinstance(value, int) else f"{name:<18} {value}")
 
 
-@command.command("tail")
+@click.command("tail")
 @click.option(
     "-n", "count", default=10, show_default=True, type=click.IntRange(1, 100_000), help="Records to show."
 )
@@ -80,7 +75,7 @@ def tail(count: int, config_path: Path | None, as_json: bool) -> None:
         click.echo(f"{seq:>10}  {when}  {what}  {msgspec.json.encode(record.get('values', record)).decode()}")
 
 
-@command.command("verify")
+@click.command("verify")
 @config_option
 @json_option
 def verify(config_path: Path | None, as_json: bool) -> None:

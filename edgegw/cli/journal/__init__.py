@@ -1,0 +1,15 @@
+"""`edgegw journal`: one module for each kind of thing that is done with it."""
+
+import click
+
+from edgegw.cli.journal.carry import export, import_file
+from edgegw.cli.journal.look import stat, tail, verify
+
+
+@click.group("journal")
+def command() -> None:
+    """Figures, records and integrity of the journal, and what is carried by hand; the gateway may run meanwhile."""
+
+
+for _part in (stat, tail, verify, export, import_file):
+    command.add_command(_part)
