@@ -16,6 +16,7 @@ from edgegw.config.units import Duration
 from edgegw.errors import ConfigError
 from edgegw.receiver import target
 from edgegw.receiver.intake import Intake
+from edgegw.receiver.receipts import Receipts
 from edgegw.receiver.report import Report
 
 
@@ -66,6 +67,9 @@ def _duration(ctx: click.Context, param: click.Parameter, value: str) -> Duratio
 @click.option(
     "--ca-file", type=click.Path(path_type=Path), help="The authority that signed the broker's certificate."
 )
+@click.option(
+    "--no-ack", is_flag=True, help="Send no receipts on TOPIC/ack: for a receiver that only watches."
+)
 @json_option
 def command(
     url: str | None,
@@ -83,13 +87,15 @@ def command(
     username: str | None,
     password_file: Path | None,
     ca_file: Path | None,
+    no_ack: bool,
     as_json: bool,
 ) -> None:
     """Subscribe, keep each record once, and report what is missing.
 
     Batches may come in any order, on any topic and any number of times; a message is confirmed to the broker
     only when what it holds is on disk, so this may be stopped or killed at any moment and started again.
-    Without --once it runs until it is interrupted.
+    Without --once it runs until it is interrupted. For gateways that wait for it (`acknowledge = "receiver"`) it
+    confirms on TOPIC/ack what is kept.
 
     A report is printed with --once, --report or --json (to standard error if the records go to standard
     output). The exit code is then 1 if a record is missing and named by no gap event, if two batches are in
@@ -124,7 +130,8 @@ def command(
         signal.signal(number, lambda *_: stop.set())
     sink = target.open_sink(to)
     try:
-        intake = Intake(sink)
+        lasts = to != target.STDOUT and not no_ack
+        intake = Intake(sink, receipts=Receipts() if lasts else None)
         protocols = list(Protocol) if protocol == "auto" else [Protocol(protocol)]
         Receiver(broker, intake, stop, idle.s if once else None, protocols).run()
         if once or as_json:

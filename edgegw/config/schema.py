@@ -131,13 +131,6 @@ class Uplink(Model):
             raise ValueError(f"found {value} bytes; expected 1KiB to 16MiB")
         return value
 
-    @field_validator("acknowledge")
-    @classmethod
-    def _acknowledge(cls, value: str) -> str:
-        if value == "receiver":
-            raise not_yet('acknowledge = "receiver"')
-        return value
-
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.acknowledge == "subscriber" and self.protocol == "3.1.1":

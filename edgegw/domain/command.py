@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from edgegw.domain.ranges import Ranges
 from edgegw.domain.tag import Scalar
 
 HAND = "hand-"
@@ -17,14 +18,44 @@ class WriteCommand(NamedTuple):
     lease_s: float | None
 
 
+class ReplayCommand(NamedTuple):
+    """Send again what is kept of a stream's records `first` to `last`."""
+
+    id: str
+    stream: str
+    first: int
+    last: int
+
+
+class Replay(NamedTuple):
+    """What a replay comes to: `kept` are the seqs of the batches that it sends, whole ones."""
+
+    id: str
+    stream: str
+    first: int
+    last: int
+    kept: tuple[tuple[int, int], ...]
+
+    @property
+    def missing(self) -> list[tuple[int, int]]:
+        """What was asked for and is no longer there."""
+        return list(Ranges(self.kept).gaps(self.first, self.last))
+
+
 class Reply(NamedTuple):
-    """What a command is answered with; `id` is None if none could be made out."""
+    """What a command is answered with; `id` is None if none could be made out.
+
+    `replay` is what a command of that kind has set going.
+    """
 
     id: str | None
     ok: bool
     error: str | None = None
+    replay: Replay | None = None
 
     def wire(self) -> dict[str, object]:
         """Return the answer as a message holds it."""
         answer: dict[str, object] = {"id": self.id, "ok": self.ok}
+        if self.replay is not None:
+            answer |= {"from": self.replay.first, "to": self.replay.last, "missing": self.replay.missing}
         return answer if self.error is None else {**answer, "error": self.error}

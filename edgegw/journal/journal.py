@@ -7,7 +7,7 @@ interval and only then tells the listener. Everything here is called on the even
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 READ_BYTES = 2 * 1024**2
 """JSON read back at once for sending."""
+LOOK_BATCHES = 256
+"""Batches looked at in one turn where only their bounds matter."""
 
 
 class Found(NamedTuple):
@@ -101,6 +103,30 @@ class Journal:
     def acknowledge(self, batch: Batch) -> None:
         """Note that the upstream has a batch."""
         self._settled.acknowledge(batch)
+
+    async def acknowledge_ranges(self, stream: str, ranges: Iterable[tuple[int, int]]) -> Ranges:
+        """Note that the upstream has the batches wholly within each of `ranges`; return what that settles.
+
+        Of another stream, or beyond the head, there is nothing to note. Raises JournalError.
+        """
+        settled, found = self._settled.copy(), Ranges()
+        for within in ranges:
+            for gap in settled.gaps(within[0], min(within[1], self.head)):
+                async for batches in self._bounds(stream, *gap):
+                    whole = [(first, last) for first, last in batches if last <= gap[1]]
+                    self._settled.acknowledge_spans(stream, whole)
+                    for batch in whole:
+                        found.add(*batch)
+        return found
+
+    async def kept(self, stream: str, first: int, last: int) -> Ranges:
+        """Return the seqs of the batches that overlap `first` to `last` and are still here; raise JournalError."""
+        found = Ranges()
+        before = await self._loop.run_in_executor(self._readers, self._over, stream, first)
+        async for batches in self._bounds(stream, before, last):
+            for batch in batches:
+                found.add(*batch)
+        return found
 
     def settled(self) -> Ranges:
         """Return what needs no sending any more: acknowledged, or gone and named in a gap."""
@@ -206,6 +232,28 @@ class Journal:
             return Found(found, following - 1)
         self._doubt(reader.stream, settled, following, last)
         return Found(found, last)
+
+    async def _bounds(self, stream: str, first: int, last: int) -> AsyncIterator[list[tuple[int, int]]]:
+        """Yield the bounds of the batches that begin within `first` to `last`, a few at a time."""
+        while first <= last:
+            batches = await self._loop.run_in_executor(self._readers, self._look, stream, first, last)
+            if not batches:
+                return
+            yield batches
+            first = batches[-1][1] + 1
+
+    def _look(self, stream: str, first: int, last: int) -> list[tuple[int, int]]:
+        reader = self._open_reader()
+        if reader.stream != stream:
+            return []
+        found = reader.batches(first, last, limit=LOOK_BATCHES, max_bytes=READ_BYTES)
+        return [(batch.seq, batch.last) for batch in found]
+
+    def _over(self, stream: str, seq: int) -> int:
+        """Return where the batch that holds `seq` begins, `seq` itself if none does."""
+        reader = self._open_reader()
+        before = reader.before(seq, limit=1) if reader.stream == stream else []
+        return before[0].seq if before and before[0].last >= seq else seq
 
     def _doubt(self, stream: str, settled: Ranges, first: int, last: int) -> None:
         """Tell the writer of a hole, unless what stood there was settled; it may know better meanwhile."""

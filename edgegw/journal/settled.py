@@ -19,11 +19,18 @@ class Settled:
 
     def acknowledge(self, batch: Batch) -> None:
         """Note that the upstream has a batch; one of an earlier stream settles nothing in this one."""
+        self.acknowledge_spans(batch.stream, [(batch.seq, batch.last)])
+
+    def acknowledge_spans(self, stream: str, batches: Iterable[tuple[int, int]]) -> None:
+        """Note that the upstream has these batches, each named by its first and last seq."""
         with self._lock:
-            if batch.stream == self._stream and not self._ranges.covers(batch.seq, batch.last):
-                self._ranges.add(batch.seq, batch.last)
-                self.pending_batches -= 1
-                self.dirty = True
+            if stream != self._stream:
+                return
+            for first, last in batches:
+                if not self._ranges.covers(first, last):
+                    self._ranges.add(first, last)
+                    self.pending_batches -= 1
+                    self.dirty = True
 
     def gone(self, first: int, last: int, batches: Iterable[tuple[int, int]]) -> None:
         """Note that seqs are gone for good, and with them these batches."""

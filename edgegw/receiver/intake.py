@@ -8,6 +8,7 @@ from edgegw.clock import mono_s, wall_ms
 from edgegw.domain.batch import Kind
 from edgegw.receiver.announce import HoleWatch, Throttle
 from edgegw.receiver.dedupe import Key, Stream, Verdict
+from edgegw.receiver.receipts import Receipts
 from edgegw.receiver.report import Report, StreamReport, chain_of
 from edgegw.receiver.sink import Figures, Sink
 from edgegw.receiver.wire import Batch, MalformedError, read, read_gap
@@ -21,12 +22,16 @@ _log = logging.getLogger(__name__)
 class Intake:
     """Everything between a payload and the sink; it knows nothing of MQTT.
 
-    A message may be confirmed to its sender once `commit` has returned after `take`.
+    A message may be confirmed to its sender once `commit` has returned after `take`. With `receipts` it
+    collects what to confirm to the gateways.
     """
 
-    def __init__(self, sink: Sink, now_s: Callable[[], float] = mono_s) -> None:
+    def __init__(
+        self, sink: Sink, now_s: Callable[[], float] = mono_s, *, receipts: Receipts | None = None
+    ) -> None:
         self._sink = sink
         self._now_s = now_s
+        self._receipts = receipts
         self._streams: dict[Key, Stream] = {}
         self._holes: dict[Key, HoleWatch] = {}
         self._duplicates: Counter[Key] = Counter()
@@ -56,6 +61,8 @@ class Intake:
 
     def _judge(self, topic: str, batch: Batch) -> bool:
         key, stream = batch.key, self._stream(batch.key)
+        if self._receipts is not None:
+            self._receipts.came(key, topic, batch.seq, batch.last)
         verdict = stream.judge(
             batch.seq, batch.count, batch.kind, batch.digest,
             lambda: self._sink.kept(key, batch.seq, batch.last),
@@ -99,6 +106,17 @@ class Intake:
         """Make all that was taken in safe."""
         self._sink.commit()
         self.watch()
+
+    def reconnected(self) -> None:
+        """Take note that receipts may have been lost with a connection."""
+        if self._receipts is not None:
+            self._receipts.reconnected()
+
+    def receipts(self, *, at_once: bool = False) -> list[tuple[str, bytes]]:
+        """Return the receipts that are due, each with its topic; call it when all that was taken is committed."""
+        if self._receipts is None:
+            return []
+        return self._receipts.due(lambda key: self._streams[key].received, self._now_s(), at_once=at_once)
 
     def watch(self) -> None:
         """Say, at most once a second, which streams have had holes for a while, and which no longer have."""

@@ -28,6 +28,8 @@ RETRY_MAX_S = 30.0
 GIVE_UP_S = 60.0
 """How long to go without a broker where an end was asked for."""
 SAY_S = 30.0
+REFUSED_S = 600.0
+"""How long no receipts are sent after the broker refused one."""
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ class Receiver:
         self._outage = _Outage()
         self._five_spoken = False
         self._ready_said = False
+        self._receipts_from_s = 0.0
         self._uncommitted = 0
         self._uncommitted_bytes = 0
         self._unacknowledged: list[int] = []
@@ -139,10 +142,14 @@ class Receiver:
         connection = Connection(self._broker, protocol)
         try:
             self._open(connection, protocol)
+            self._intake.reconnected()
             while not (self._stop.is_set() or self._idle()):
                 self._turn(connection)
             self._commit(connection)
+            self._send_receipts(connection, at_once=True)
         finally:
+            if connection.refused:
+                self._refused(connection.refused)
             connection.close()
 
     def _idle(self) -> bool:
@@ -186,7 +193,27 @@ class Receiver:
             self._commit(connection)
         if not arrived:
             self._intake.watch()
+            self._send_receipts(connection)
         connection.check()
+
+    def _send_receipts(self, connection: Connection, *, at_once: bool = False) -> None:
+        """Confirm to the gateways what is kept for good, if it is time and the broker lets us."""
+        if connection.refused:
+            self._refused(connection.refused)
+            connection.refused = None
+        if self._uncommitted or not connection.can_publish or mono_s() < self._receipts_from_s:
+            return
+        for topic, payload in self._intake.receipts(at_once=at_once):
+            connection.publish(topic, payload)
+
+    def _refused(self, why: str) -> None:
+        """Leave receipts be for a while: some brokers (mosquitto 2.0.11) hang up on whoever may not publish."""
+        if not self._receipts_from_s:
+            _log.warning(
+                "%s: does not let us publish receipts: %s; gateways that wait for them will send again and again",
+                self._broker.url, why,
+            )  # fmt: skip
+        self._receipts_from_s = mono_s() + REFUSED_S
 
     def _commit(self, connection: Connection) -> None:
         if self._uncommitted:
@@ -195,3 +222,4 @@ class Receiver:
         for mid in self._unacknowledged:
             connection.acknowledge(mid)
         self._unacknowledged.clear()
+        self._send_receipts(connection)

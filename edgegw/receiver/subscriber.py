@@ -25,6 +25,8 @@ KEEPALIVE_S = 30
 ANSWER_S = 3.0
 """How long a broker that speaks MQTT 5 may take to answer; amqtt 0.12 waits for bytes that never come."""
 HANDSHAKE_S = 10.0
+UNCONFIRMED = 16
+"""How many published messages may be unconfirmed before no more are."""
 FAREWELL_S = 2.0
 """How long to wait at the end for the last acknowledgements to leave."""
 
@@ -97,6 +99,8 @@ class Connection:
         self._answer: ReasonCode | None = None
         self._granted: list[ReasonCode] | None = None
         self._asked = False
+        self._unconfirmed = 0
+        self.refused: str | None = None
         five = protocol is Protocol.V5
         self._client = mqtt.Client(
             CallbackAPIVersion.VERSION2,
@@ -111,6 +115,7 @@ class Connection:
         self._client.on_connect = self._on_connect
         self._client.on_subscribe = self._on_subscribe
         self._client.on_message = self._on_message
+        self._client.on_publish = self._on_publish
         self._client.on_disconnect = self._on_disconnect
 
     def connect(self) -> None:
@@ -177,6 +182,16 @@ class Connection:
         if self.lost is None:
             self._client.ack(mid, 1)
 
+    @property
+    def can_publish(self) -> bool:
+        """Whether the broker is there and keeps up with what is published."""
+        return self.lost is None and self._unconfirmed < UNCONFIRMED
+
+    def publish(self, topic: str, payload: bytes) -> None:
+        """Publish a message with QoS 1; a refusal is noted in `refused`."""
+        self._client.publish(topic, payload, qos=1)
+        self._unconfirmed += 1
+
     def close(self) -> None:
         """Let the last acknowledgements leave and say goodbye, if there is still someone to say it to."""
         if self.lost is None and self._answer is not None and not self._answer.is_failure:
@@ -204,6 +219,11 @@ class Connection:
         except UnicodeDecodeError:
             topic = "?"
         self.inbox.append(Message(topic, bytes(message.payload), message.mid if message.qos else None))
+
+    def _on_publish(self, client: Any, userdata: Any, mid: int, reason: ReasonCode, properties: Any) -> None:
+        self._unconfirmed -= 1
+        if reason.is_failure:
+            self.refused = str(reason)
 
     def _on_disconnect(
         self, client: Any, userdata: Any, flags: mqtt.DisconnectFlags, reason: ReasonCode, properties: Any

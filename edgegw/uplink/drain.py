@@ -1,29 +1,34 @@
-"""The drain: sends batches over one connection, live ones first and the backlog beside them.
+"""The drain: sends batches over one connection, live ones first and the rest beside them.
 
 What is to be sent is what the journal holds and nobody has confirmed. A live batch comes straight from its
-commit; the backlog is read back from the journal, a little at a time. Both share one window of unacknowledged
-messages, of which the backlog gets as much as leaves the link free (see `pacer`).
+commit; the backlog, and what is sent again, come from the feeder. All share one window of unacknowledged
+messages, of which what is not live gets as much as leaves the link free (see `pacer`).
 """
 
 import asyncio
 import logging
 from collections import deque
+from enum import Enum
 from typing import NamedTuple
 
 from edgegw import clock
 from edgegw.config.schema import Uplink
 from edgegw.domain.batch import Batch
-from edgegw.errors import JournalError, UplinkError
+from edgegw.domain.ranges import Ranges
+from edgegw.errors import UplinkError
 from edgegw.journal.journal import Journal
 from edgegw.journal.writer import Committed
+from edgegw.uplink.confirmation import Confirmation
+from edgegw.uplink.feeder import Feeder, Waiting
 from edgegw.uplink.mqtt import Ack, Connection
 from edgegw.uplink.pacer import Pacer
+from edgegw.uplink.receipts import Receipts
+from edgegw.uplink.replay import Replays
 
 log = logging.getLogger(__name__)
 
 LIVE_BYTES = 4 * 1024**2
 """Live batches that may wait for the window; older ones then go the way of the backlog."""
-READ_BATCHES = 128
 ACK_TIMEOUT_S = 30.0
 REFUSED_FIRST_S = 1.0
 REFUSED_MOST_S = 30.0
@@ -31,36 +36,52 @@ PACKET_OVERHEAD = 64
 """What a PUBLISH takes beside topic and payload, at the most."""
 
 
+class Way(Enum):
+    """Why a batch is sent."""
+
+    LIVE = "live"
+    BACKLOG = "backlog"
+    AGAIN = "again"
+
+
 class _OnTheWay(NamedTuple):
     """A batch that was published and not yet acknowledged."""
 
     batch: Batch
-    live: bool
+    way: Way
     sent_s: float
 
 
 class Drain:
-    """Sends what is pending over one connection until that is lost."""
+    """Sends what is pending over one connection until that is lost.
+
+    Without `receipts` the broker's word settles a batch, with them only the receiver's.
+    """
 
     def __init__(
-        self, config: Uplink, topic: str, journal: Journal, connection: Connection, commit_s: float
-    ) -> None:
+        self, config: Uplink, topic: str, journal: Journal, connection: Connection, commit_s: float,
+        receipts: Receipts | None, replays: Replays,
+    ) -> None:  # fmt: skip
         self._config = config
         self._topic = topic
         self._journal = journal
         self._connection = connection
+        self._replays = replays
         self._window = max(1, min(config.inflight, connection.receive_maximum))
         self._pacer = Pacer(max(0.05, commit_s / 2), self._window - max(1, self._window // 4))
         self._stream = journal.stream  # before what is settled: it may be replaced at any moment
-        self._sent = journal.settled()
-        self._live: deque[tuple[Batch, bytes]] = deque()
+        sent = journal.settled()
+        for seqs in receipts.awaited if receipts is not None else ():
+            sent.add(*seqs)
+        self._feeder = Feeder(journal, sent, replays, self._window)
+        self._confirmation = (
+            None if receipts is None else Confirmation(connection.url, journal, receipts, self._feeder)
+        )
+        self._something = self._feeder.something
+        self._live: deque[Waiting] = deque()
         self._live_bytes = 0
-        self._backlog: deque[tuple[Batch, bytes]] = deque()
         self._on_the_way: dict[int, _OnTheWay] = {}
-        self._backlog_on_the_way = 0
-        self._something = asyncio.Event()
-        self._hungry = asyncio.Event()
-        self._hold_until_s = 0.0
+        self._beside_live = 0
         self._refusals = 0
         self._too_large: set[int] = set()
         connection.acknowledged = self._acknowledged
@@ -70,72 +91,107 @@ class Drain:
         if committed.stream != self._stream:
             self._connection.drop()  # another journal took its place: begin afresh
             return
+        sent = self._feeder.sent
         for batch, body in zip(committed.batches, committed.bodies, strict=True):
-            if self._sent.overlaps(batch.seq, batch.last):
+            if sent.overlaps(batch.seq, batch.last):
                 continue  # the backlog's reader was quicker
-            self._sent.add(batch.seq, batch.last)
-            self._live.append((batch, body))
+            sent.add(batch.seq, batch.last)
+            self._live.append(Waiting(batch, body))
             self._live_bytes += batch.size
         while self._live_bytes > LIVE_BYTES and len(self._live) > 1:
             batch, _ = self._live.popleft()
             self._live_bytes -= batch.size
-            self._sent.remove(batch.seq, batch.last)
-            self._hungry.set()
+            sent.remove(batch.seq, batch.last)
+            self._feeder.hungry.set()
         self._something.set()
+
+    def received(self, ranges: Ranges) -> None:
+        """Take what a receipt confirms."""
+        if self._confirmation is not None:
+            self._confirmation.received(ranges)
+
+    def replay(self) -> None:
+        """Look for replays: one has been asked for."""
+        self._feeder.hungry.set()
 
     async def run(self) -> None:
         """Send until the connection is lost; raise UplinkError with the reason."""
-        feeder = asyncio.create_task(self._feed(), name="drain feeder")
+        beside = [asyncio.create_task(self._feeder.run(), name="drain feeder")]
+        if self._confirmation is not None:
+            beside.append(asyncio.create_task(self._confirmation.run(), name="receipts"))
         lost = self._connection.lost
         lost.add_done_callback(lambda _: self._something.set())
+        self._feeder.hungry.set()
         try:
             while not lost.done():
                 self._something.clear()
+                if self._confirmation is not None:
+                    self._confirmation.look()
                 self._send()
-                if feeder.done():
-                    feeder.result()
-                wait_s = max(0.01, self._hold_until_s - clock.mono_s()) if self._held else 1.0
+                for task in beside:
+                    if task.done():
+                        task.result()
                 try:
-                    async with asyncio.timeout(wait_s):
+                    async with asyncio.timeout(self._wait_s()):
                         await self._something.wait()
                 except TimeoutError:
                     self._check_acknowledgements()
             raise UplinkError(f"uplink {self._connection.url}: {lost.result()}")
         finally:
-            feeder.cancel()
-            await asyncio.gather(feeder, return_exceptions=True)
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
 
     async def settle(self, timeout_s: float) -> None:
-        """Wait until all that was committed is acknowledged, at most `timeout_s`."""
+        """Wait until the broker has all that was committed, at most `timeout_s`."""
         deadline = clock.mono_s() + timeout_s
-        while (self._live or self._on_the_way or self._backlog) and clock.mono_s() < deadline:
-            if self._connection.lost.done():
+        while clock.mono_s() < deadline and not self._connection.lost.done():
+            backlog = self._feeder.backlog and not self._waits_for_receipts
+            if not (self._live or self._on_the_way or backlog):
                 return
             await asyncio.sleep(0.01)
 
-    @property
-    def _held(self) -> bool:
-        return self._hold_until_s > clock.mono_s()
+    def _wait_s(self) -> float:
+        """Return how long nothing falls due by itself."""
+        now_s = clock.mono_s()
+        if self._feeder.held:
+            return max(0.01, self._feeder.hold_until_s - now_s)
+        if self._feeder.again and (pause_s := self._replays.wait_s(now_s)):
+            return min(1.0, pause_s)
+        return 1.0
+
+    # -- out -----------------------------------------------------------------------------------------------
 
     def _send(self) -> None:
-        """Publish as much as the window takes, live batches first."""
+        """Publish as much as the window takes: live batches, then the backlog, then what is sent again."""
         while self._live and len(self._on_the_way) < self._window:
             batch, body = self._live.popleft()
             self._live_bytes -= batch.size
-            self._publish(batch, body, f"{self._topic}/{batch.kind.value}", live=True)
-        if self._held:
+            self._publish(batch, body, f"{self._topic}/{batch.kind.value}", Way.LIVE)
+        if self._feeder.held:
             return
-        while (
-            self._backlog
-            and len(self._on_the_way) < self._window
-            and self._backlog_on_the_way < self._pacer.window
-        ):
-            batch, body = self._backlog.popleft()
-            self._publish(batch, body, f"{self._topic}/backfill", live=False)
-        if len(self._backlog) < self._window:
-            self._hungry.set()
+        backlog = self._feeder.backlog
+        while backlog and self._room and not self._waits_for_receipts:
+            self._publish(*backlog.popleft(), f"{self._topic}/backfill", Way.BACKLOG)
+        again = self._feeder.again
+        while again and self._room and not self._replays.wait_s(clock.mono_s()):
+            if backlog and not self._waits_for_receipts:
+                break
+            self._replays.goes(again[0].batch.size, clock.mono_s())
+            self._publish(*again.popleft(), f"{self._topic}/backfill", Way.AGAIN)
+        if len(backlog) < self._window or not again:
+            self._feeder.hungry.set()
 
-    def _publish(self, batch: Batch, body: bytes, topic: str, *, live: bool) -> None:
+    @property
+    def _room(self) -> bool:
+        """Whether one more may be on the way that is not live."""
+        return len(self._on_the_way) < self._window and self._beside_live < self._pacer.window
+
+    @property
+    def _waits_for_receipts(self) -> bool:
+        return self._confirmation is not None and self._confirmation.full
+
+    def _publish(self, batch: Batch, body: bytes, topic: str, way: Way) -> None:
         if self._config.compression == "zstd":
             payload, content_type = batch.packed, "application/json+zstd"
         else:
@@ -149,34 +205,49 @@ class Drain:
                     self._connection.url, most, batch.seq, len(payload),
                 )  # fmt: skip
             self._too_large.add(batch.seq)
+            if way is Way.AGAIN:
+                self._feeder.repeated(batch, taken=True)
             return
         mid = self._connection.publish(topic, payload, content_type=content_type)
-        self._on_the_way[mid] = _OnTheWay(batch, live, clock.mono_s())
-        self._backlog_on_the_way += not live
+        self._on_the_way[mid] = _OnTheWay(batch, way, clock.mono_s())
+        self._beside_live += way is not Way.LIVE
+
+    # -- back ----------------------------------------------------------------------------------------------
 
     def _acknowledged(self, mid: int, ack: Ack) -> None:
         sent = self._on_the_way.pop(mid, None)
         if sent is None:
             return  # the retained status, not a batch
-        self._backlog_on_the_way -= not sent.live
+        self._beside_live -= sent.way is not Way.LIVE
         now_s = clock.mono_s()
-        if ack.accepted and (ack.heard or self._config.acknowledge == "broker"):
-            self._journal.acknowledge(sent.batch)
-            if not sent.live:
-                self._pacer.acknowledged(sent.sent_s, now_s)
-            if self._refusals:
-                log.warning(
-                    "uplink %s: takes batches again after %d refusals", self._connection.url, self._refusals
-                )
-                self._hold_until_s = 0.0
-                self._hungry.set()
-            self._refusals = 0
+        taken = ack.accepted and (ack.heard or self._config.acknowledge == "broker")
+        if sent.way is Way.AGAIN:
+            self._feeder.repeated(sent.batch, taken=taken)
+        if taken:
+            self._taken(sent, now_s)
         else:
             self._refused(sent.batch, ack, now_s)
         self._something.set()
 
+    def _taken(self, sent: _OnTheWay, now_s: float) -> None:
+        """Settle a batch that the broker has, or begin to wait for its receipt if it did not come already."""
+        batch = sent.batch
+        if self._confirmation is None:
+            self._journal.acknowledge(batch)
+        else:
+            self._confirmation.taken(batch, live=sent.way is Way.LIVE)
+        if sent.way is not Way.LIVE:
+            self._pacer.acknowledged(sent.sent_s, now_s)
+        if self._refusals:
+            log.warning(
+                "uplink %s: takes batches again after %d refusals", self._connection.url, self._refusals
+            )
+            self._feeder.hold_until_s = 0.0
+            self._feeder.hungry.set()
+        self._refusals = 0
+
     def _refused(self, batch: Batch, ack: Ack, now_s: float) -> None:
-        """Leave the batch pending, and hold the backlog back for a while."""
+        """Leave the batch pending, and hold back for a while all that is not live."""
         if not self._refusals:
             why = ack.reason if not ack.accepted else "nobody is subscribed"
             log.error(
@@ -185,14 +256,12 @@ class Drain:
                 batch.seq,
                 why,
             )
-        self._hold_until_s = now_s + min(REFUSED_MOST_S, REFUSED_FIRST_S * 2 ** min(self._refusals, 10))
+        hold_s = min(REFUSED_MOST_S, REFUSED_FIRST_S * 2 ** min(self._refusals, 10))
+        self._feeder.hold_until_s = now_s + hold_s
         self._refusals += 1
         self._pacer.restart()
-        self._sent.remove(batch.seq, batch.last)
-        for waiting, _ in self._backlog:
-            self._sent.remove(waiting.seq, waiting.last)
-        self._backlog.clear()
-        self._hungry.set()
+        self._feeder.unsent(Ranges([(batch.seq, batch.last)]))
+        self._feeder.drop()
 
     def _check_acknowledgements(self) -> None:
         """Give the connection up if the broker has stopped to answer."""
@@ -201,33 +270,3 @@ class Drain:
         oldest = next(iter(self._on_the_way.values()))
         if clock.mono_s() - oldest.sent_s > ACK_TIMEOUT_S:
             raise UplinkError(f"uplink {self._connection.url}: no acknowledgement in {ACK_TIMEOUT_S:.0f} s")
-
-    async def _feed(self) -> None:
-        """Keep a little of the backlog at hand, read from the journal in order."""
-        while True:
-            await self._hungry.wait()
-            self._hungry.clear()
-            if len(self._backlog) >= self._window or self._held:
-                continue
-            gap = next(self._sent.gaps(1, self._journal.head), None)
-            if gap is None:
-                continue
-            try:
-                found = await self._journal.read(*gap, READ_BATCHES)
-            except JournalError as error:
-                log.error("%s; the backlog waits", error)
-                await asyncio.sleep(1.0)
-                continue
-            expected = gap[0]
-            for batch, body in found.batches:
-                if batch.seq > expected:
-                    self._sent.add(expected, batch.seq - 1)  # the journal has no such batch: nothing to send
-                expected = batch.last + 1
-                if self._sent.overlaps(batch.seq, batch.last):
-                    continue  # it went out as live meanwhile
-                self._sent.add(batch.seq, batch.last)
-                if body is not None:
-                    self._backlog.append((batch, body))
-            if expected <= found.through:
-                self._sent.add(expected, found.through)
-            self._something.set()

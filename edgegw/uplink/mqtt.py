@@ -103,7 +103,7 @@ class Connection:
         self.receive_maximum = 65535
         self.maximum_packet_size: int | None = None
         self.acknowledged: Callable[[int, Ack], None] = lambda mid, ack: None
-        self._take: Callable[[Incoming], None] = lambda incoming: None
+        self._takers: dict[str, Callable[[Incoming], None]] = {}
         self._loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[str] = self._loop.create_future()
         self._opened: asyncio.Future[None] = self._loop.create_future()
@@ -159,8 +159,8 @@ class Connection:
             raise kind(f"uplink {self.url}: connected, but no answer in {patience_s:.0f} s") from None
 
     def subscribe(self, topic: str, take: Callable[[Incoming], None]) -> None:
-        """Have `take` called with each message on a topic."""
-        self._take = take
+        """Have `take` called with each message on a topic, which holds no wildcard."""
+        self._takers[topic] = take
         self._client.subscribe(topic, qos=1)
 
     def publish(
@@ -241,7 +241,8 @@ class Connection:
         properties = message.properties
         answer_to = getattr(properties, "ResponseTopic", None)
         correlation = getattr(properties, "CorrelationData", None)
-        self._take(Incoming(bytes(message.payload), message.retain, answer_to, correlation))
+        if (take := self._takers.get(message.topic)) is not None:
+            take(Incoming(bytes(message.payload), message.retain, answer_to, correlation))
 
     def _on_socket_open(self, client: Any, userdata: Any, sock: Any) -> None:
         self._loop.call_soon_threadsafe(self._watch, sock)

@@ -17,9 +17,11 @@ from edgegw.domain.record import Event
 from edgegw.errors import ConfigError, UplinkError
 from edgegw.journal.journal import Journal
 from edgegw.journal.writer import Committed
-from edgegw.uplink import mqtt
+from edgegw.uplink import mqtt, receipts
 from edgegw.uplink.drain import Drain
 from edgegw.uplink.link import Link, advance
+from edgegw.uplink.receipts import Receipts
+from edgegw.uplink.replay import Replays
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,9 @@ class UplinkService:
         self._changed = changed
         self._obey = obey
         self._obeying: set[asyncio.Task[None]] = set()
+        self._receipts: Receipts | None = None
+        self._odd_receipts = 0
+        self._replays = Replays()
         self._drain: Drain | None = None
         self._connection: mqtt.Connection | None = None
         self._leaving = False
@@ -143,10 +148,37 @@ class UplinkService:
         connection.subscribe(
             f"{self._config.topic}/cmd", lambda incoming: self._command(connection, incoming)
         )
+        if self._config.uplink.acknowledge == "receiver":
+            connection.subscribe(f"{self._config.topic}/ack", self._receipt)
         commit_s = self._config.journal.commit_interval.s
-        self._drain = Drain(self._config.uplink, self._config.topic, self._journal, connection, commit_s)
+        self._drain = Drain(
+            self._config.uplink, self._config.topic, self._journal, connection, commit_s,
+            self._awaited_receipts(), self._replays,
+        )  # fmt: skip
         self._set_link(connected=True)
         await self._drain.run()
+
+    def _awaited_receipts(self) -> Receipts | None:
+        """Return what waits for its receipt, since earlier connections if it is of the same stream."""
+        if self._config.uplink.acknowledge != "receiver":
+            return None
+        stream = self._journal.stream
+        if self._receipts is None or self._receipts.stream != stream:
+            self._receipts = Receipts(stream, clock.mono_s())
+        return self._receipts
+
+    def _receipt(self, incoming: mqtt.Incoming) -> None:
+        """Take a receipt; one that is retained may be of any age, and counts for nothing."""
+        if incoming.retained or self._drain is None:
+            return
+        try:
+            received = receipts.read(incoming.payload, self._journal.stream, self._journal.head)
+        except receipts.ReceiptError as error:
+            self._odd_receipts += 1
+            if self._odd_receipts == 1:
+                log.warning("uplink %s/ack: %s; such messages are passed over", self._config.topic, error)
+            return
+        self._drain.received(received)
 
     def _command(self, connection: mqtt.Connection, incoming: mqtt.Incoming) -> None:
         """Have a command obeyed, and answer it; more than a few at a time are refused."""
