@@ -20,12 +20,13 @@ from edgegw.domain.record import Event
 from edgegw.domain.tag import Scalar, Value
 from edgegw.drivers.registry import Drivers
 from edgegw.errors import ConfigError, JournalError, NotConnected
+from edgegw.journal import tending
 from edgegw.journal.journal import Journal
 from edgegw.runtime.lock import held
 from edgegw.runtime.notify import Notifier
 from edgegw.runtime.supervisor import Supervisor
-from edgegw.scan.scanner import Scanner
 from edgegw.scan.report import reporter
+from edgegw.scan.scanner import Scanner
 from edgegw.status.server import StatusServer
 from edgegw.uplink.link import Link
 from edgegw.uplink.uplink import UplinkService
@@ -52,6 +53,7 @@ class Gateway:
             path.with_name(path.name + ".sock"),
             lambda line: self._control.command(line, by_hand=True),
             lambda tag: self._control.show(tag),
+            {"acknowledge": lambda asked: tending.acknowledge(self._journal, asked)},
         )
         self._notifier = Notifier()
         self._scanners = {name: self._scanner(name, device) for name, device in config.device.items()}

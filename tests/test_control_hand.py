@@ -45,7 +45,7 @@ async def service(path: Path, obeyed: list[bytes]) -> AsyncIterator[None]:
         obeyed.append(line)
         return Reply("x", True)
 
-    made = HandService(path, obey, lambda tag: {"value": 1.0, "tag": tag})
+    made = HandService(path, obey, lambda tag: {"value": 1.0, "tag": tag}, {})
     task = asyncio.create_task(made.run())
     try:
         await until(path.exists, "the socket")

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,10 @@ AGAIN_S = 30.0
 MODE = 0o660
 
 
+Request = Callable[[Any], Awaitable[dict[str, Any]]]
+"""Does what is asked for, and answers; what it is given is whatever stood in the line."""
+
+
 @contextmanager
 def address(path: Path) -> Iterator[str]:
     """Give a name of the socket that is short enough for any folder (unix(7): 107 bytes)."""
@@ -46,14 +50,16 @@ def address(path: Path) -> Iterator[str]:
 
 
 class HandService:
-    """The daemon's socket: a line of JSON in, as on TOPIC/cmd or `{"show": TAG}`, a line of JSON out."""
+    """The daemon's socket: a line of JSON in and one out; in comes a command, `{"show": TAG}` or `{REQUEST: ...}`."""
 
     def __init__(
-        self, path: Path, obey: Callable[[bytes], Awaitable[Reply]], show: Callable[[str], dict[str, Any]]
-    ) -> None:
+        self, path: Path, obey: Callable[[bytes], Awaitable[Reply]], show: Callable[[str], dict[str, Any]],
+        requests: Mapping[str, Request],
+    ) -> None:  # fmt: skip
         self.path = path
         self._obey = obey
         self._show = show
+        self._requests = requests
         self._open = 0
 
     async def run(self) -> None:
@@ -64,7 +70,9 @@ class HandService:
                 listener = self._listener()
             except OSError as error:
                 if not said:
-                    log.warning("socket %s: %s; edgegw write cannot be used", self.path, error.strerror)
+                    log.warning(
+                        "socket %s: %s; nothing can be asked of it by hand", self.path, error.strerror
+                    )
                 said = True
                 await asyncio.sleep(AGAIN_S)
                 continue
@@ -121,6 +129,8 @@ class HandService:
             asked = None
         if isinstance(asked, dict) and asked.keys() == {"show"} and isinstance(asked["show"], str):
             return self._show(asked["show"])
+        if isinstance(asked, dict) and len(asked) == 1 and (do := self._requests.get(next(iter(asked)))):
+            return await do(*asked.values())
         return (await self._obey(line)).wire()
 
 
