@@ -59,6 +59,10 @@ class JournalError(EdgegwError):
     """The journal cannot be written or read for now; back off and try again."""
 
 
+class JournalFull(JournalError):
+    """There is no room on the disk; give the ballast back, and let go of what may go."""
+
+
 class JournalDamaged(JournalError):
     """The journal's file cannot be trusted; set it aside and begin a new stream."""
 

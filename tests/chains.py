@@ -20,7 +20,7 @@ class Chain:
         self.prev = GENESIS
 
     def _make(self, kind: Kind, count: int, records: Sequence[dict[str, Any]], tail: bytes = TAIL) -> Body:
-        start = head(self.gateway, self.stream, self.following, count, kind, self.prev, "synced")
+        start = head(self.gateway, self.stream, self.following, count, kind, self.prev, b'"clock":"synced",')
         body = start + ",".join(json.dumps(record) for record in records).encode() + tail
         self.following += count
         self.prev = digest(body)
@@ -53,7 +53,7 @@ class Chain:
 
     def summary(self, bodies: Sequence[Body], first: int, count: int, prev: bytes) -> Body:
         """Return the summary that takes the place of `bodies`, without moving the end of the chain."""
-        start = head(self.gateway, self.stream, first, count, Kind.SUMMARY, prev, "synced")
+        start = head(self.gateway, self.stream, first, count, Kind.SUMMARY, prev, b'"clock":"synced",')
         figures = {"tag0": {"mean": 1.5, "min": 1.0, "max": 2.0, "last": 2.0, "count": count}}
         record = {"ts": 1_732_256_000_000, "device": "meter0", "values": figures}
         last_prev = digest(bodies[-1]).hex()

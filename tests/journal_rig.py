@@ -6,7 +6,7 @@ import random
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from edgegw.config.schema import Journal as JournalConfig
 from edgegw.config.units import Duration, Size
@@ -24,9 +24,17 @@ MIB = 1024**2
 _numbers = random.Random(1)
 
 
-def config(max_size: int = 64 * MIB, keep_ms: int = 86_400_000, commit_ms: int = 50) -> JournalConfig:
+def config(
+    max_size: int = 64 * MIB, keep_ms: int = 86_400_000, commit_ms: int = 50,
+    when_full: Literal["thin", "drop"] = "drop",
+) -> JournalConfig:  # fmt: skip
     """Return a journal's configuration."""
-    return JournalConfig(max_size=Size(max_size), keep=Duration(keep_ms), commit_interval=Duration(commit_ms))
+    return JournalConfig(
+        max_size=Size(max_size),
+        keep=Duration(keep_ms),
+        commit_interval=Duration(commit_ms),
+        when_full=when_full,
+    )
 
 
 def scan(n: int, tags: int = 3, device: str = "meter1", width: int = 1) -> Scan:
@@ -137,7 +145,8 @@ def chain(bodies: Iterable[bytes]) -> ChainReport:
     for body in bodies:
         message = batches.decode(body)
         last = message.seq + message.count - 1
-        links.append(Link(message.seq, last, bytes.fromhex(message.prev), batches.digest(body)))
+        own = bytes.fromhex(message.last_prev) if message.last_prev else batches.digest(body)
+        links.append(Link(message.seq, last, bytes.fromhex(message.prev), own))
         gaps += [
             Gap(g["from"], g["to"], bytes.fromhex(g["last_prev"])) for g in gaps_in(body, message.stream)
         ]

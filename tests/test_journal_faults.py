@@ -643,7 +643,7 @@ def test_a_commit_that_fails_after_it_reached_the_disk_is_told_once(tmp_path: Pa
 def test_whatever_call_fails_nothing_that_waits_is_dropped_or_doubled(
     tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgegw.journal.writer.PRUNE_EVERY_S", -1.0)
+    monkeypatch.setattr("edgegw.journal.keeper.PRUNE_EVERY_S", -1.0)
     hand = filled(tmp_path / "journal.db", 3)
     real: Callable[..., Any] = getattr(Store, call)
     fails = iter([False, True, False, True, True, False, True])

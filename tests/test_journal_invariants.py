@@ -14,7 +14,6 @@ from edgegw.domain.batch import Kind
 from edgegw.domain.ranges import Ranges
 from edgegw.domain.record import Event, Record
 from edgegw.errors import JournalError
-from edgegw.journal import writer as writing
 from edgegw.journal.inbox import Damage
 from edgegw.journal.store import Store
 
@@ -102,11 +101,9 @@ class Journals(RuleBasedStateMachine):
         """Have the next turns write down what is settled, or prune."""
         self.hand.writer._acked_at -= 1e6
         if every:
-            self.hand.writer._pruned_at -= 1e6
-            with pytest.MonkeyPatch.context() as patch:
-                now_ms = writing.clock.wall_ms()
-                patch.setattr(writing.clock, "wall_ms", lambda: now_ms + 90_000_000)
-                self.turn()
+            self.hand.writer._keeper._pruned_at -= 1e6
+            self.hand.writer._opened_s -= 90_000.0
+            self.turn()
 
     @precondition(lambda self: self.heard)
     @rule(data=st.data())

@@ -111,9 +111,10 @@ def _show(figures: dict[str, Any]) -> None:
 def _measure(config: "Config") -> Measured:
     """Write some commit intervals' worth of made-up scans as the journal would, and count."""
     from edgegw.journal.encode import Sealer, group
-    from edgegw.journal.store import Reader, Store, unpack
+    from edgegw.journal.store import Reader, Row, Store, unpack
+    from edgegw.journal.timekeeper import present
 
-    interval_ms = int(config.journal.commit_interval)
+    interval_ms, era = int(config.journal.commit_interval), present()
     readings = json_bytes = stored_bytes = 0
     with tempfile.TemporaryDirectory(prefix="edgegw-size-") as folder:
         path = Path(folder) / "size.db"
@@ -126,10 +127,15 @@ def _measure(config: "Config") -> Measured:
                 for name, device in config.device.items()
                 for scan in _scans(name, device, commit, interval_ms)
             ]
-            sealed = [sealer.seal(made, "synced") for made in group(scans, config.uplink.max_message)]
+            sealed = [sealer.seal(made) for made in group(scans, era, config.uplink.max_message)]
             if not sealed:
                 continue
-            store.append([(b.seq, b.count, b.kind.value, 0, b.digest, b.size, b.packed) for b, _ in sealed])
+            store.append(
+                [
+                    Row(b.seq, b.count, b.kind.value, 0, 0, 0, b.digest, None, b.size, b.packed)
+                    for b, _ in sealed
+                ]
+            )
             readings += sum(len(scan.values) for scan in scans)
             json_bytes += sum(batch.size for batch, _ in sealed)
             stored_bytes += sum(len(batch.packed) for batch, _ in sealed)

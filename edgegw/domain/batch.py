@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from edgegw.domain.era import Era
 from edgegw.domain.ranges import Ranges
 
 GENESIS = bytes(32)
@@ -56,18 +57,25 @@ class Message(msgspec.Struct, frozen=True):
     prev: str
     records: msgspec.Raw
     clock: str = "synced"
+    mono: msgspec.Raw = msgspec.Raw()
     last_prev: str | None = None
+    period: int | None = None
 
 
 _decoder = msgspec.json.Decoder(Message)
 
 
-def head(gateway: str, stream: str, seq: int, count: int, kind: Kind, prev: bytes, clock: str) -> bytes:
-    """Return the JSON bytes that stand before a batch's first record."""
+def head(gateway: str, stream: str, seq: int, count: int, kind: Kind, prev: bytes, more: bytes) -> bytes:
+    """Return the JSON bytes that stand before a batch's first record; `more` are further keys (see `timing`)."""
     named = names(stream, seq, count, kind).decode()
-    return (
-        f'{{"v":1,"gateway":"{gateway}",{named}"prev":"{prev.hex()}","clock":"{clock}","records":['.encode()
-    )
+    return f'{{"v":1,"gateway":"{gateway}",{named}"prev":"{prev.hex()}",'.encode() + more + b'"records":['
+
+
+def timing(era: Era) -> bytes:
+    """Return the keys that say how far the records' times can be trusted, and what can correct them later."""
+    if era.synced:
+        return b'"clock":"synced",'
+    return msgspec.json.encode(era.wire())[1:-1] + b","
 
 
 def names(stream: str, seq: int, count: int, kind: Kind) -> bytes:
@@ -76,8 +84,8 @@ def names(stream: str, seq: int, count: int, kind: Kind) -> bytes:
 
 
 TAIL = b"]}"
-HEAD_ROOM = 64 + 36 + 64 + 2 * 20 + 160
-"""The most bytes that `head` and `TAIL` take: gateway id, stream, prev, two numbers, and the keys."""
+HEAD_ROOM = 64 + 36 + 2 * 64 + 36 + 5 * 20 + 250
+"""The most bytes that `head` and `TAIL` take: gateway id, stream, two hashes, boot, five numbers, and the keys."""
 
 
 def decode(body: bytes) -> Message:

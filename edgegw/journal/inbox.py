@@ -5,6 +5,7 @@ import threading
 from collections import deque
 from typing import NamedTuple
 
+from edgegw.domain.era import Era
 from edgegw.domain.record import Event, Record, Scan
 
 READINGS = 500_000
@@ -30,18 +31,19 @@ class Damage(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """What the writer takes at one turn: records and losses in order, and what else it was told."""
+    """What the writer takes at one turn: records, losses and new eras in order, and what else it was told."""
 
-    items: list[Record | Lost]
+    items: list[Record | Lost | Era]
     flushes: list[asyncio.Future[None]]
     damages: list[Damage]
+    readings: int
 
 
 class Inbox:
     """Filled on the event loop's thread, emptied by the writer's."""
 
     def __init__(self) -> None:
-        self._items: deque[Record | Lost | Damage | asyncio.Future[None]] = deque()
+        self._items: deque[Record | Lost | Era | Damage | asyncio.Future[None]] = deque()
         self._put = self._got = 0
         self._losing: Lost | None = None
         self._lock = threading.Lock()
@@ -63,20 +65,25 @@ class Inbox:
         self._put += weight
         self._items.append(record)
 
-    def tell(self, what: Damage | asyncio.Future[None]) -> None:
-        """Ask for a flush (a future, resolved when all before it is durable), or tell of damage."""
+    def tell(self, what: Era | Damage | asyncio.Future[None]) -> None:
+        """Say that an era begins here, ask for a flush (a future, resolved when all before it is durable), or
+        tell of damage."""
         self._items.append(what)
 
     def take(self) -> Taken:
         """Empty the inbox."""
-        taken = Taken([], [], [])
+        items: list[Record | Lost | Era] = []
+        flushes: list[asyncio.Future[None]] = []
+        damages: list[Damage] = []
         weight = 0
         while self._items:
             item = self._items.popleft()
             if isinstance(item, Damage):
-                taken.damages.append(item)
+                damages.append(item)
             elif isinstance(item, asyncio.Future):
-                taken.flushes.append(item)
+                flushes.append(item)
+            elif isinstance(item, Era):
+                items.append(item)
             else:
                 if isinstance(item, Lost):
                     with self._lock:  # from here on its count stands
@@ -84,6 +91,6 @@ class Inbox:
                             self._losing = None
                 else:
                     weight += len(item.values) if isinstance(item, Scan) else 1
-                taken.items.append(item)
+                items.append(item)
         self._got += weight
-        return taken
+        return Taken(items, flushes, damages, weight)

@@ -7,7 +7,7 @@ interval and only then tells the listener. Everything here is called on the even
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -17,12 +17,14 @@ import msgspec
 
 from edgegw.config.schema import Journal as JournalConfig
 from edgegw.domain.batch import Batch
+from edgegw.domain.era import Era
 from edgegw.domain.ranges import Ranges
-from edgegw.domain.record import Record
+from edgegw.domain.record import Event, Record
 from edgegw.errors import JournalDamaged, JournalError
 from edgegw.journal.inbox import Damage, Inbox
 from edgegw.journal.settled import Settled
 from edgegw.journal.store import Reader, size_bytes, unpack
+from edgegw.journal.timekeeper import Timekeeper
 from edgegw.journal.writer import Committed, Writer
 
 log = logging.getLogger(__name__)
@@ -34,10 +36,14 @@ LOOK_BATCHES = 256
 
 
 class Found(NamedTuple):
-    """Batches read back, with their JSON bytes if these are sound, and how far was looked."""
+    """Batches read back, with their JSON bytes if these are sound, and how far was looked.
+
+    `generation` tells `hold` whether they have been thinned since.
+    """
 
     batches: list[tuple[Batch, bytes | None]]
     through: int
+    generation: int
 
 
 class Condition(NamedTuple):
@@ -61,6 +67,7 @@ class Journal:
         self.opened = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._listener: Callable[[Committed], None] = lambda committed: None
+        self._timekeeper = Timekeeper()
         self._inbox = Inbox()
         self._settled = Settled()
         self._writer = Writer(path, gateway, config, max_message, self._inbox, self._settled, self._tell)
@@ -89,9 +96,30 @@ class Journal:
         """Have `listener` called in the event loop after each commit."""
         self._listener = listener
 
+    @property
+    def era(self) -> Era:
+        """How the times of records that come now are to be read."""
+        return self._timekeeper.era
+
     def append(self, record: Record) -> None:
         """Take a record; it never waits, and is durable within a commit interval if the disk is well."""
-        self._inbox.put(record)
+        was = self._timekeeper.era
+        if (era := self._timekeeper.look()) is None:
+            self._inbox.put(record)
+            return
+        step_ms = era.offset_ms - was.offset_ms
+        if abs(record.ts - (era.wall_ms - step_ms)) < abs(record.ts - era.wall_ms):
+            self._inbox.put(record)  # it was made before
+            self._begin_era(era, step_ms)
+        else:
+            self._begin_era(era, step_ms)
+            self._inbox.put(record)
+
+    def _begin_era(self, era: Era, step_ms: int) -> None:
+        """Part what comes before the clock's step from what comes after, and say how far it went."""
+        self._inbox.tell(era)
+        log.warning("clock: stepped by %d ms; %s", step_ms, "synced" if era.synced else "unsynced")
+        self._inbox.put(Event(era.wall_ms, "clock-step", {"step_ms": step_ms, **era.wire()}))
 
     async def flush(self) -> None:
         """Return when all that was appended so far is durable."""
@@ -109,15 +137,22 @@ class Journal:
 
         Of another stream, or beyond the head, there is nothing to note. Raises JournalError.
         """
-        settled, found = self._settled.copy(), Ranges()
+        found = Ranges()
         for within in ranges:
-            for gap in settled.gaps(within[0], min(within[1], self.head)):
-                async for batches in self._bounds(stream, *gap):
-                    whole = [(first, last) for first, last in batches if last <= gap[1]]
-                    self._settled.acknowledge_spans(stream, whole)
-                    for batch in whole:
-                        found.add(*batch)
+            while not await self._acknowledge_within(stream, *within, found):
+                pass  # some was thinned meanwhile: look again
         return found
+
+    async def _acknowledge_within(self, stream: str, first: int, last: int, found: Ranges) -> bool:
+        settled, generation = self._settled.copy(), self._settled.generation
+        for gap in settled.gaps(first, min(last, self.head)):
+            async for batches in self._bounds(stream, *gap):
+                whole = [batch for batch in batches if batch[1] <= gap[1]]
+                if not self._settled.acknowledge_spans(stream, whole, generation):
+                    return False
+                for batch in whole:
+                    found.add(*batch)
+        return True
 
     async def kept(self, stream: str, first: int, last: int) -> Ranges:
         """Return the seqs of the batches that overlap `first` to `last` and are still here; raise JournalError."""
@@ -127,6 +162,18 @@ class Journal:
             for batch in batches:
                 found.add(*batch)
         return found
+
+    def hold(self, batches: Sequence[Batch], generation: int | None = None) -> bool:
+        """Take batches into hand to send them; False if they may have been thinned since they were read."""
+        return self._settled.hold(batches, generation)
+
+    def publish(self, batch: Batch) -> None:
+        """Note that a batch has gone out."""
+        self._settled.publish(batch)
+
+    def release(self, batches: Sequence[Batch] | None = None) -> None:
+        """Let go of batches that are not on their way any more; of all, without any."""
+        self._settled.release(batches)
 
     def settled(self) -> Ranges:
         """Return what needs no sending any more: acknowledged, or gone and named in a gap."""
@@ -211,6 +258,7 @@ class Journal:
 
     def _read(self, first: int, last: int, limit: int) -> Found:
         reader = self._open_reader()
+        generation = self._settled.generation
         try:
             batches = reader.batches(first, last, limit=limit, max_bytes=READ_BYTES)
         except JournalDamaged as error:
@@ -229,9 +277,9 @@ class Journal:
                 found.append((batch, None))
             following = batch.last + 1
         if len(batches) == limit or sum(batch.size for batch in batches) >= READ_BYTES:
-            return Found(found, following - 1)
+            return Found(found, following - 1, generation)
         self._doubt(reader.stream, settled, following, last)
-        return Found(found, last)
+        return Found(found, last, generation)
 
     async def _bounds(self, stream: str, first: int, last: int) -> AsyncIterator[list[tuple[int, int]]]:
         """Yield the bounds of the batches that begin within `first` to `last`, a few at a time."""

@@ -1,17 +1,20 @@
-"""Decides which batches go, and which of those are a loss."""
+"""Decides which batches go, and which of those are a loss. Pure."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from edgegw.domain.batch import Batch
 from edgegw.domain.ranges import Ranges
 from edgegw.domain.record import Event
 from edgegw.journal.store import Stored
+from edgegw.journal.thin import COARSER
 
 
 class Loss(NamedTuple):
     """Records that nobody upstream has and that go all the same.
 
-    `digest` is the last batch's, `batches` are the seqs that each began and ended with, as far as known.
+    `digest` is what the batch after them carries as prev, `batches` are the seqs that each began and ended with, as
+    far as known.
     """
 
     first: int
@@ -21,40 +24,89 @@ class Loss(NamedTuple):
     reason: str
 
 
+class Summary(NamedTuple):
+    """A summary that takes the place of thinned batches."""
+
+    batch: Batch
+    link: bytes
+    period_s: int
+    first_ts: int
+    last_ts: int
+
+
 class Doom(NamedTuple):
-    """Batches to delete, as ranges of seqs, which of them are a loss, and what of other streams to name again."""
+    """Batches to delete, as ranges of seqs; which of them are a loss; what is to be said besides.
+
+    `summaries` take the place of some of them, `fewer` being how many batches that saves.
+    """
 
     ranges: list[tuple[int, int]]
     lost: list[Loss]
-    again: Sequence[Event] = ()
+    events: Sequence[Event] = ()
+    summaries: Sequence[Summary] = ()
+    fewer: int = 0
 
 
 NOTHING = Doom([], [])
 
 
-def expired(oldest: Iterable[Stored], settled: Ranges, before_ms: int) -> Doom:
-    """Choose the settled batches older than `before_ms`, from the oldest on up to the first that stays."""
+def expired(oldest: Iterable[Stored], settled: Ranges, before_run_ms: int) -> Doom:
+    """Choose the settled batches older than that, from the oldest on up to the first that stays.
+
+    Age is told by how long the journal has been open: the wall clock may step.
+    """
     doomed: list[Stored] = []
     for stored in oldest:
-        if stored.ts >= before_ms or not settled.covers(stored.first, stored.last):
+        if stored.run_ms >= before_run_ms or not settled.covers(stored.first, stored.last):
             break
         doomed.append(stored)
-    return _doom(doomed, settled)
+    return dooming(doomed, settled)
 
 
-def make_room(oldest: Iterable[Stored], settled: Ranges, need_bytes: int) -> Doom:
-    """Choose what gives back `need_bytes`: settled batches first, then the oldest that are not."""
-    batches = list(oldest)
-    kept = [stored for stored in batches if settled.covers(stored.first, stored.last)]
-    unsent = [stored for stored in batches if not settled.covers(stored.first, stored.last)]
+def freeing(oldest: Iterable[Stored], settled: Ranges, need_bytes: int) -> Doom:
+    """Choose the first batches that together give back `need_bytes`."""
     doomed: list[Stored] = []
     freed = 0
-    for stored in kept + unsent:
+    for stored in oldest:
         if freed >= need_bytes:
             break
         doomed.append(stored)
         freed += stored.bytes
-    return _doom(sorted(doomed), settled)
+    return dooming(sorted(doomed), settled)
+
+
+def finer_periods(bytes_by_period: Mapping[int, int]) -> list[int]:
+    """Return what to thin, by its period, in the order to try: what is finer keeps half of the room that there is.
+
+    With a long outage the file so comes to hold the last hours as read, days of minutes and weeks of quarters.
+    """
+    periods: list[int] = []
+    left = sum(bytes_by_period.values())
+    for finer in COARSER:
+        if 2 * bytes_by_period.get(finer, 0) > left or periods:
+            periods.append(finer)
+        left -= bytes_by_period.get(finer, 0)
+    return periods
+
+
+def stretches(oldest: Iterable[Stored], published: Ranges) -> list[list[list[Stored]]]:
+    """Return what is to be thinned together: runs of batches that follow on each other, with events between them.
+
+    What has gone out and what has not are never in one: whoever has some of it already could make nothing of a
+    summary of all.
+    """
+    made: list[list[list[Stored]]] = []
+    was_out: bool | None = None
+    for stored in oldest:
+        out = published.overlaps(stored.first, stored.last)
+        if out != was_out:
+            made.append([])
+        if made[-1] and made[-1][-1][-1].last + 1 == stored.first:
+            made[-1][-1].append(stored)
+        else:
+            made[-1].append([stored])
+        was_out = out
+    return made
 
 
 def joined(lost: Iterable[Loss]) -> list[Loss]:
@@ -68,7 +120,8 @@ def joined(lost: Iterable[Loss]) -> list[Loss]:
     return joint
 
 
-def _doom(doomed: list[Stored], settled: Ranges) -> Doom:
+def dooming(doomed: Iterable[Stored], settled: Ranges) -> Doom:
+    """Return what deleting these batches, which are in order, comes to."""
     ranges: list[tuple[int, int]] = []
     lost: list[Loss] = []
     for stored in doomed:
@@ -78,5 +131,5 @@ def _doom(doomed: list[Stored], settled: Ranges) -> Doom:
         else:
             ranges.append(batch)
         if not settled.covers(*batch):
-            lost.append(Loss(*batch, stored.digest, [batch], "full"))
+            lost.append(Loss(*batch, stored.link, [batch], "full"))
     return Doom(ranges, joined(lost))

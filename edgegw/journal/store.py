@@ -19,17 +19,45 @@ import zstandard
 
 from edgegw.domain.batch import GENESIS, HEAD_ROOM, Batch, Kind, names
 from edgegw.domain.ranges import Ranges
-from edgegw.errors import JournalDamaged, JournalError
+from edgegw.errors import JournalDamaged, JournalError, JournalFull
+from edgegw.journal.wear import Wear
 
 APPLICATION_ID = 0x65646777  # "edgw"
-VERSION = 1
+VERSION = 2
 PAGE = 4096
 OPEN_WAIT_MS = 5_000
+FRAME = PAGE + 24
+SLACK = 16 * PAGE
+"""What is kept free for the events that name what went, and for what is settled."""
+CHECKPOINT_FSYNCS = 2
+LONGEST_PERIOD_MS = 900_000
+"""How far before the records that it stands for a summary's time may lie."""
 CHECKPOINT_WAIT_MS = 100
 """How long the writer waits for readers to go: not long, for the records that come in meanwhile wait, too."""
 
-Row = tuple[int, int, str, int, bytes, int, bytes]
-"""seq, count, kind, ts, digest, size, packed: the columns of `batch`."""
+
+class Row(NamedTuple):
+    """The columns of `batch`."""
+
+    seq: int
+    records: int
+    kind: str
+    period: int
+    ts: int
+    run_ms: int
+    digest: bytes
+    link: bytes | None
+    size: int
+    packed: bytes
+
+
+class Span(NamedTuple):
+    """Between which times the records of neighbouring batches lie."""
+
+    first: int
+    last: int
+    first_ts: int
+    last_ts: int
 
 
 class Tip(NamedTuple):
@@ -40,12 +68,13 @@ class Tip(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A batch without its body: what retention decides by."""
+    """A batch without its body: what retention decides by. `link` is the hash that the next one carries."""
 
     first: int
     last: int
-    ts: int
-    digest: bytes
+    run_ms: int
+    link: bytes
+    size: int
     bytes: int
 
 
@@ -55,9 +84,13 @@ class Store:
     def __init__(self, path: Path, max_bytes: int) -> None:
         self.path = path
         self.wal_bytes = min(16 * 1024**2, max_bytes // 4)
-        self._max_pages = (max_bytes - self.wal_bytes) // PAGE
-        self._db: apsw.Connection | None = None
+        self.ballast_bytes = self.wal_bytes // 4 + SLACK
         self.stream = ""
+        self._fsyncs = 0
+        self._max_pages = self._limit_pages = (max_bytes - self.wal_bytes - self.ballast_bytes) // PAGE
+        self._confined = False
+        self._wal_pages = 0
+        self._db: apsw.Connection | None = None
 
     def open(self, now_ms: int, *, check: bool) -> Self:
         """Open the file, or make one with a new stream; `check` looks through the b-trees first.
@@ -92,6 +125,7 @@ class Store:
             elif check and (found := db.pragma("quick_check")) != "ok":
                 raise JournalDamaged(f"journal {self.path}: {found}")
             db.pragma("max_page_count", self._max_pages)
+            db.set_wal_hook(self._committed)
             self.stream = _stream(db, self.path)
             db.set_busy_timeout(CHECKPOINT_WAIT_MS)
 
@@ -101,6 +135,26 @@ class Store:
             db.execute("INSERT INTO stream VALUES (?, ?)", (str(uuid.uuid4()), now_ms))
             db.pragma("application_id", APPLICATION_ID)
             db.pragma("user_version", VERSION)
+
+    def _committed(self, db: apsw.Connection, name: str, pages: int) -> int:
+        self._wal_pages = pages
+        return apsw.SQLITE_OK
+
+    def take_fsyncs(self) -> int:
+        """Return how often the disk was waited for since this was last asked."""
+        fsyncs, self._fsyncs = self._fsyncs, 0
+        return fsyncs
+
+    def confine(self) -> None:
+        """Grow no more, neither the database nor its WAL: others have filled the disk."""
+        with _mapped(self.path, "read"):
+            self._limit_pages = min(self._max_pages, int(self._open.pragma("page_count")))
+        self._confined = True
+
+    def relax(self) -> None:
+        """Grow up to the limit again."""
+        self._limit_pages = self._max_pages
+        self._confined = False
 
     def close(self) -> None:
         """Checkpoint what is left and close; a connection that is beyond that is dropped."""
@@ -136,11 +190,12 @@ class Store:
             where = "seq BETWEEN ? AND ? AND kind = 'event' ORDER BY seq"
             return _batches(self._open, self.stream, where, (first, last))
 
-    def last_digest(self, first: int, last: int) -> bytes:
-        """Return the hash that the last row within `first` to `last` holds, whether or not its bytes give it."""
+    def last_link(self, first: int, last: int) -> bytes:
+        """Return the hash that follows the last row within `first` to `last`, whether or not its bytes give it."""
         with _mapped(self.path, "read"):
             found: Any = self._open.execute(
-                "SELECT CAST(digest AS BLOB) FROM batch WHERE seq BETWEEN ? AND ? ORDER BY seq DESC LIMIT 1",
+                "SELECT CAST(coalesce(link, digest) AS BLOB) FROM batch WHERE seq BETWEEN ? AND ?"
+                " ORDER BY seq DESC LIMIT 1",
                 (first, last),
             ).get
         return found or GENESIS
@@ -151,8 +206,9 @@ class Store:
             return _acked(self._open)
 
     def append(
-        self, rows: Sequence[Row], *, doomed: Iterable[tuple[int, int]] = (), acked: Ranges | None = None
-    ) -> None:
+        self, rows: Sequence[Row], *, doomed: Iterable[tuple[int, int]] = (), acked: Ranges | None = None,
+        spans: Iterable[Span] = (), wear: Wear | None = None,
+    ) -> None:  # fmt: skip
         """Delete the batches within each of `doomed`, add `rows`, write down what is settled, all or nothing.
 
         It is durable when this returns.
@@ -161,46 +217,86 @@ class Store:
             db = self._open
             with _transaction(db):
                 db.executemany("DELETE FROM batch WHERE seq BETWEEN ? AND ?", doomed)
-                db.executemany("INSERT INTO batch VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+                db.executemany("INSERT INTO batch VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+                db.executemany("INSERT OR REPLACE INTO span VALUES (?, ?, ?, ?)", spans)
                 if acked is not None:
                     db.execute("DELETE FROM acked")
                     rows_acked = ((first, last, _sum(first, last)) for first, last in acked)
                     db.executemany("INSERT INTO acked VALUES (?, ?, ?)", rows_acked)
+                    db.execute("DELETE FROM span WHERE last < (SELECT min(seq) FROM batch)")
+                if wear is not None:
+                    db.execute("DELETE FROM wear")
+                    db.execute("INSERT INTO wear VALUES (?, ?, ?, ?)", wear)
+            self._fsyncs += 1
 
     def checkpoint(self, *, force: bool = False) -> bool:
         """Move the WAL into the database once it has grown to a quarter of its share; tell whether it did."""
+        if not force and self._wal_pages * FRAME < self.wal_bytes // 4:
+            return False
+        mode = apsw.SQLITE_CHECKPOINT_RESTART if self._confined else apsw.SQLITE_CHECKPOINT_TRUNCATE
         with _mapped(self.path, "checkpoint"):
-            wal = _wal(self.path)
-            if not force and (not wal.exists() or wal.stat().st_size < self.wal_bytes // 4):
-                return False
             try:
-                self._open.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+                self._open.wal_checkpoint(mode=mode)
             except apsw.BusyError:
                 return False  # a reader is in the way for a moment; the next commit tries again
-            return True
+        self._wal_pages = 0
+        self._fsyncs += CHECKPOINT_FSYNCS
+        return True
 
     def free_bytes(self) -> int:
         """Return how much still fits below the limit."""
         with _mapped(self.path, "read"):
             db = self._open
-            return (self._max_pages - int(db.pragma("page_count")) + int(db.pragma("freelist_count"))) * PAGE
+            return (
+                self._limit_pages - int(db.pragma("page_count")) + int(db.pragma("freelist_count"))
+            ) * PAGE
 
-    def oldest(self, first: int, last: int, limit: int) -> list[Stored]:
+    def bytes_by_period(self) -> dict[int, int]:
+        """Return how much of the file each kind of batch takes, by the seconds its records stand for; 0 is the rest."""
+        with _mapped(self.path, "read"):
+            db = self._open
+            rows: Any = db.execute(
+                "SELECT period, sum(length(packed)) FROM batch INDEXED BY summary WHERE period > 0 GROUP BY period"
+            ).fetchall()
+            used = (int(db.pragma("page_count")) - int(db.pragma("freelist_count"))) * PAGE
+        return {0: used - sum(size for _, size in rows), **dict(rows)}
+
+    def latest_run_ms(self) -> int:
+        """Return how long the journal had been open, in all, when its newest batch was written."""
+        with _mapped(self.path, "read"):
+            return int(self._open.execute("SELECT run_ms FROM batch ORDER BY seq DESC LIMIT 1").get or 0)
+
+    def wear(self) -> Wear:
+        """Return what had been written in the journal's life when that was last noted."""
+        with _mapped(self.path, "read"):
+            return _wear(self._open)
+
+    def oldest(self, first: int, last: int, limit: int, which: str = "true") -> list[Stored]:
         """Return the oldest batches that begin within `first` to `last`, never the newest of all.
 
-        Whatever a row says of its count, a batch ends before the next begins.
+        `which` narrows them down (EVENTS, NOT_EVENTS, or `of_period`). Whatever a row says of its count, a batch ends
+        before the next begins.
         """
         with _mapped(self.path, "read"):
             rows: Any = self._open.execute(
                 "SELECT seq, min(seq + CAST(count AS INTEGER),"
                 " (SELECT min(seq) FROM batch AS later WHERE later.seq > batch.seq)) - 1,"
-                " CAST(ts AS INTEGER), CAST(digest AS BLOB), length(packed) FROM batch"
-                " WHERE seq BETWEEN ? AND ? AND seq < (SELECT max(seq) FROM batch) ORDER BY seq LIMIT ?",
+                " CAST(run_ms AS INTEGER), CAST(coalesce(link, digest) AS BLOB), CAST(size AS INTEGER),"
+                f" length(packed) FROM batch WHERE seq BETWEEN ? AND ? AND {which}"
+                " AND seq < (SELECT max(seq) FROM batch) ORDER BY seq LIMIT ?",
                 (first, last, limit),
             ).fetchall()
         if any(None in row for row in rows):
             raise JournalDamaged(f"journal {self.path}: a row within {first} to {last} is not whole")
         return [Stored(*row) for row in rows]
+
+    def batch(self, seq: int) -> Batch:
+        """Return the batch that begins at `seq`; raise JournalDamaged if there is none."""
+        with _mapped(self.path, "read"):
+            found = _batches(self._open, self.stream, "seq = ?", (seq,))
+        if not found:
+            raise JournalDamaged(f"journal {self.path}: the batch at {seq} is not there")
+        return found[0]
 
     def pending_batches(self, settled: Ranges, head: int) -> int:
         """Count the batches that are not settled."""
@@ -210,6 +306,14 @@ class Store:
                 for gap in settled.gaps(1, head)
             ]
         return sum(counts)
+
+
+EVENTS, NOT_EVENTS = "kind = 'event'", "kind <> 'event'"
+
+
+def of_period(period_s: int) -> str:
+    """Narrow `oldest` down to summaries of a period, or to readings if that is 0."""
+    return f"period = {period_s:d} AND kind <> 'event'"
 
 
 class Reader:
@@ -261,6 +365,25 @@ class Reader:
         """Return the last batches that begin before `seq`, newest first."""
         with _mapped(self.path, "read"):
             return _batches(self._db, self.stream, "seq < ? ORDER BY seq DESC LIMIT ?", (seq, limit))
+
+    def spans_between(self, from_ms: int, to_ms: int) -> list[tuple[int, int]]:
+        """Return the ranges of seqs whose batches may hold records of this time, both ends included, in order."""
+        with _mapped(self.path, "read"):
+            spans: Any = self._db.execute("SELECT seq, last, first_ts, last_ts FROM span").fetchall()
+            ends: Any = self._db.execute("SELECT min(seq), max(seq) FROM batch").fetchone()
+        if ends[0] is None:
+            return []
+        indexed = Ranges((first, last) for first, last, _, _ in spans)
+        found = Ranges(indexed.gaps(*ends))
+        for first, last, first_ts, last_ts in spans:
+            if first_ts <= to_ms + LONGEST_PERIOD_MS and last_ts >= from_ms:
+                found.add(first, last)
+        return list(found)
+
+    def wear(self) -> Wear:
+        """Return what has been written in the journal's life, as of its last checkpoint."""
+        with _mapped(self.path, "read"):
+            return _wear(self._db)
 
     def figures(self, settled: Ranges) -> "Figures":
         """Count what is there."""
@@ -343,6 +466,11 @@ def _acked(db: apsw.Connection) -> Ranges:
     return Ranges((first, last) for first, last, found in rows if found == _sum(first, last))
 
 
+def _wear(db: apsw.Connection) -> Wear:
+    row: Any = db.execute("SELECT run_ms, readings, written_bytes, fsyncs FROM wear").fetchone()
+    return Wear(*row) if row else Wear()
+
+
 def _sum(first: int, last: int) -> int:
     return zlib.crc32(b"%d-%d" % (first, last or 0))
 
@@ -420,6 +548,8 @@ class _mapped:  # noqa: N801  reads as a statement
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, _DAMAGE):
             raise JournalDamaged(f"journal {self.path}: {self.what}: {error}") from error
+        if isinstance(error, apsw.FullError):
+            raise JournalFull(f"journal {self.path}: {self.what}: the disk is full") from error
         if isinstance(error, apsw.Error | OSError):
             raise JournalError(
                 f"journal {self.path}: {self.what}: {error or type(error).__name__}"

@@ -7,28 +7,30 @@ order; a file that cannot be trusted is set aside, and a new stream begins.
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
-
 from edgegw import clock
 from edgegw.config.schema import Journal as JournalConfig
 from edgegw.domain.batch import GENESIS, Batch
-from edgegw.domain.batch import decode as decode_batch
+from edgegw.domain.era import Era
 from edgegw.domain.ranges import Ranges
 from edgegw.domain.record import Event, Record
-from edgegw.errors import JournalDamaged, JournalError
-from edgegw.journal import retention, succession
+from edgegw.errors import JournalDamaged, JournalError, JournalFull
+from edgegw.journal import retention, succession, timekeeper
+from edgegw.journal.ballast import Ballast
 from edgegw.journal.encode import Group, Sealer, group
 from edgegw.journal.inbox import Damage, Inbox, Lost
+from edgegw.journal.keeper import ROW_BYTES, Keeper
 from edgegw.journal.mark import Mark, MarkFile
 from edgegw.journal.retention import Doom, Loss
 from edgegw.journal.settled import Settled
-from edgegw.journal.store import PAGE, Store, Stored, Tip, set_aside, unpack
+from edgegw.journal.spanner import Spanner
+from edgegw.journal.store import PAGE, SLACK, Row, Span, Store, Tip, set_aside, unpack
 from edgegw.journal.succession import Left
+from edgegw.journal.wear import Meter, Wear
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +38,12 @@ WAITING_BYTES = 16 * 1024**2
 """Encoded records that may wait for the disk."""
 TRANSACTION_BYTES = 2 * 1024**2
 """Encoded records in one transaction, at most; less where half the WAL's share is less."""
-ROW_BYTES = 160
-"""What a batch takes beside its body."""
-SLACK_BYTES = 16 * PAGE
-"""What is kept free for the events that name what went, and for what is settled."""
 ACKED_EVERY_S = 10.0
 """How often what is settled is written down: each time costs a page, and a loss only means sending again."""
-PRUNE_EVERY_S = 10.0
+BALLAST_EVERY_S = 10.0
+WEAR_EVERY_S = 60.0
 RETRY_S = 1.0
+SAY_S = 30.0
 
 
 class Committed(NamedTuple):
@@ -57,7 +57,8 @@ class Committed(NamedTuple):
 class _Sealed(NamedTuple):
     batch: Batch
     body: bytes
-    ts: int
+    first_ts: int
+    last_ts: int
 
 
 class _Unsure(NamedTuple):
@@ -68,6 +69,7 @@ class _Unsure(NamedTuple):
 
     sealed: list[_Sealed]
     gaps: list[Loss]
+    fewer: int
     rest: list[Group | Lost]
 
 
@@ -88,10 +90,15 @@ class Writer:
         self._gateway = gateway
         self._config = config
         self._max_message = max_message
+        self._era = timekeeper.present()
         self._inbox = inbox
         self._settled = settled
         self._tell = tell
         self._mark = MarkFile(path)
+        self._keeper = Keeper(config, settled, max_message)
+        self._ballast: Ballast | None = None
+        self._confined = False
+        self._ballast_at = -BALLAST_EVERY_S
         self._store: Store | None = None
         self._sealer: Sealer | None = None
         self._opening: list[Group] = []
@@ -99,7 +106,13 @@ class Writer:
         self._damages: list[Damage] = []
         self._unsure: _Unsure | None = None
         self._flushes: list[asyncio.Future[None]] = []
-        self._acked_at = self._pruned_at = clock.mono_s()
+        self._spanner = Spanner()
+        self._gone = self._fewer = 0
+        self._say_s = 0.0
+        self._wear = Wear()
+        self._meter = Meter()
+        self._readings = 0
+        self._opened_s = self._acked_at = self._wear_at = clock.mono_s()
         self._failures = 0
         self._failing_since = 0.0
 
@@ -141,6 +154,8 @@ class Writer:
                 self._failed(error)
                 self._replace("damaged", str(error))
                 step()
+        except JournalFull as error:
+            self._squeezed(error)
         except JournalError as error:
             self._failed(error)
         except Exception as error:  # the thread's edge: without the writer nothing would be kept any more
@@ -154,12 +169,41 @@ class Writer:
             self._failures = 0
             self.error = None
 
+    def _squeezed(self, error: JournalFull) -> None:
+        """Give the ballast back, and from now on let go of old batches for new ones instead of growing."""
+        self._failed(error)
+        if not self._confined:
+            log.error(
+                "journal: the ballast is given back; until there is room again old batches go for new ones"
+            )
+        if self._ballast is not None:
+            self._ballast.give()
+        self._confined = True
+        self._ballast_at = clock.mono_s()
+
+    def _hold_ballast(self, store: Store) -> None:
+        """See now and then whether there is room to grow: as much as the ballast takes, and some."""
+        if self._ballast is None or clock.mono_s() - self._ballast_at < BALLAST_EVERY_S:
+            return
+        self._ballast_at = clock.mono_s()
+        if not self._ballast.hold():
+            if not self._confined:
+                log.error("journal: the disk is nearly full; until there is room old batches go for new ones")
+            store.confine()
+            self._confined = True
+        elif self._confined:
+            log.warning("journal: there is room on the disk again")
+            store.relax()
+            self._confined = False
+
     def _failed(self, error: JournalError) -> None:
         if not self._failures:
             self._failing_since = clock.mono_s()
             log.error("%s; records wait in memory, polling goes on", error)
         self._failures += 1
         self.error = str(error)
+        self._spanner.clear()
+        self._settled.thinned()
         self._settled.dirty = True  # what was to be written down may not have been
         store, self._store = self._store, None  # after an I/O error a connection is not to be trusted
         if store is not None:
@@ -187,7 +231,7 @@ class Writer:
         return succession.gather(mark, self._path, (self.stream, Left(self.head, self._settled.copy())))
 
     def _begin_with(self, left: dict[str, Left], reason: str, more: dict[str, object]) -> None:
-        self._opening = group(succession.opening(left, reason, more), self._max_message)
+        self._opening = self._grouped(succession.opening(left, reason, more))
 
     def _ready(self) -> tuple[Store, Sealer]:
         """Return the open store and the sealer that stands at its tip."""
@@ -211,17 +255,28 @@ class Writer:
                 left = self._left(mark)
                 left.pop(store.stream, None)
                 self._begin_with(left, "lost" if left else "new", {})
+            self._begin_stream(store)
             settled = store.acked()
             settled.remove(tip.head + 1, 1 << 62)
-            self._settled.begin(store.stream, settled, store.pending_batches(settled, tip.head))
+            self._settled.begin(store.stream, settled)
+        if self._confined:
+            store.confine()
+        self._ballast = Ballast(self._path, store.ballast_bytes)
         self.head, self.stream = tip.head, store.stream
         self._store, self._sealer = store, Sealer(self._gateway, store.stream, tip.head, tip.digest)
         unsure, self._unsure = self._unsure, None
         if unsure and unsure.sealed and unsure.sealed[-1].batch.digest == tip.digest:
             self._durable(unsure)  # the commit that seemed to fail is on the disk after all
+        self._settled.recount(lambda settled: store.pending_batches(settled, self.head))
         if tip.head:  # until then the mark tells of the stream before
             self._write_mark(clean=False, sync=True)
         return self._store, self._sealer
+
+    def _begin_stream(self, store: Store) -> None:
+        self._wear = store.wear()._replace(run_ms=max(store.wear().run_ms, store.latest_run_ms()))
+        self._opened_s = clock.mono_s()
+        self._keeper.begin()
+        self._spanner.clear()
 
     def _tip(self, store: Store, mark: Mark | None) -> tuple[Tip, str]:
         """Return where the journal ends and, if it is a copy older than its mark, how that shows.
@@ -250,18 +305,21 @@ class Writer:
 
     def _turn(self, last: bool) -> None:
         store, sealer = self._ready()
+        self._hold_ballast(store)
+        told = sealer.head
         self._take()
         if self._damages:
-            self._commit(store, sealer, [], self._condemned(store, sealer))
+            self._commit(store, sealer, [], self._keeper.condemned(store, sealer, self._damages))
             self._damages = []
-        expired = self._expired(store)
+        expired = self._keeper.expired(store, self._run_ms())
         while self._waiting or expired.ranges or not sealer.head:
             groups = self._next_groups(store)
-            self._make_room(store, sealer, groups)
+            self._make_room(store, sealer, groups, told)
             self._commit(store, sealer, groups, expired)
             expired = retention.NOTHING
-        if (acked := self._acked_due(now=last)) is not None:
-            store.append([], acked=acked)
+        if (acked := self._acked_due(now=last)) is not None or last:
+            spans = self._spanner.take(all_of_it=last)
+            store.append([], acked=acked, spans=spans, wear=self._wear_due(store, now=last))
             self._checkpoint(store)
         flushed, self._flushes = self._flushes, []
         if flushed:
@@ -275,11 +333,15 @@ class Writer:
         records: list[Record] = []
         for item in taken.items:
             if isinstance(item, Lost):
-                self._waiting += [*group(records, self._max_message), item]
+                self._waiting += [*self._grouped(records), item]
                 records = []
+            elif isinstance(item, Era):
+                self._waiting += self._grouped(records)
+                self._era, records = item, []
             else:
                 records.append(item)
-        self._waiting += group(records, self._max_message)
+        self._waiting += self._grouped(records)
+        self._readings += taken.readings
         self._flushes += taken.flushes
         for damage in taken.damages:
             if damage.stream != self.stream:
@@ -287,6 +349,9 @@ class Writer:
             if not damage.last:
                 raise JournalDamaged(damage.detail)
             self._damages.append(damage)
+
+    def _grouped(self, records: Iterable[Record]) -> list[Group]:
+        return group(records, self._era, self._max_message)
 
     def _next_groups(self, store: Store) -> list[Group | Lost]:
         """Return one transaction's worth of what waits."""
@@ -307,120 +372,106 @@ class Writer:
         """
         sealed, gaps = self._seal(sealer, groups, doom)
         acked = self._acked_due(gaps, now=bool(doom.ranges))
-        rows = [(b.seq, b.count, b.kind.value, ts, b.digest, b.size, b.packed) for b, _, ts in sealed]
-        self._unsure = unsure = _Unsure(sealed, gaps, self._waiting[len(groups) :])
-        store.append(rows, doomed=doom.ranges, acked=acked)
+        rows = [self._row(made.batch, made.last_ts) for made in sealed]
+        rows += [self._row(new.batch, new.last_ts, new.link, new.period_s) for new in doom.summaries]
+        for made in sealed:
+            self._spanner.add(
+                Span(made.batch.seq, made.batch.last, made.first_ts, made.last_ts), len(made.batch.packed)
+            )
+        self._unsure = unsure = _Unsure(sealed, gaps, doom.fewer, self._waiting[len(groups) :])
+        store.append(
+            rows, doomed=doom.ranges, acked=acked, spans=self._spanner.take(), wear=self._wear_due(store)
+        )
         self._unsure = None
         self._durable(unsure)
         self._checkpoint(store)
+
+    def _row(self, batch: Batch, ts: int, link: bytes | None = None, period_s: int = 0) -> Row:
+        run_ms = self._run_ms()
+        return Row(
+            batch.seq, batch.count, batch.kind.value, period_s, ts, run_ms, batch.digest, link, batch.size, batch.packed
+        )  # fmt: skip
 
     def _seal(
         self, sealer: Sealer, groups: Sequence[Group | Lost], doom: Doom
     ) -> tuple[list[_Sealed], list[Loss]]:
         """Give the groups their numbers, and name in gap events what goes for good."""
-        now = "synced" if clock.synchronised() else "unsynced"
         sealed: list[_Sealed] = []
         gaps = [*doom.lost]
         for made in [
             *(() if sealer.head else self._opening),
-            *group([*doom.again, *map(_gap, doom.lost)], self._max_message),
+            *self._grouped([*doom.events, *map(_gap, doom.lost)]),
             *groups,
         ]:
             if isinstance(made, Lost):
                 digest = sealer.digest
                 gaps.append(Loss(*sealer.skip(made.count), digest, [], "full"))
-                (made,) = group([_gap(gaps[-1])], self._max_message)
-            sealed.append(_Sealed(*sealer.seal(made, now), made.ts))
+                (made,) = self._grouped([_gap(gaps[-1])])
+            sealed.append(_Sealed(*sealer.seal(made), made.first_ts, made.last_ts))
         return sealed, gaps
 
     def _durable(self, done: _Unsure) -> None:
         """Note that a transaction is on the disk, and pass its batches on."""
         self._waiting = done.rest
+        self._settled.thinned(done.fewer)
         if not done.sealed:
             return
         self.head = done.sealed[-1].batch.last
         self._opening = []
         self._settled.appended(len(done.sealed))
         for gap in done.gaps:
-            log.error("journal: records %d to %d are gone for good; a gap event says so", gap.first, gap.last)
             self._settled.gone(gap.first, gap.last, gap.batches)
+        self._say_gone(done)
         batches = [made.batch for made in done.sealed]
         self._tell(Committed(self.stream, batches, [made.body for made in done.sealed]), [])
+
+    def _say_gone(self, done: _Unsure) -> None:
+        """Say, at most every half a minute, what a journal that is full no longer has as it was read."""
+        self._gone += sum(gap.last - gap.first + 1 for gap in done.gaps)
+        self._fewer += done.fewer
+        if not (self._gone or self._fewer) or clock.mono_s() < self._say_s:
+            return
+        self._say_s = clock.mono_s() + SAY_S
+        log.error(
+            "journal: %d records are gone for good, %d batches have become summaries; gap events say which",
+            self._gone,
+            self._fewer,
+        )
+        self._gone = self._fewer = 0
 
     def _checkpoint(self, store: Store) -> None:
         self._write_mark(clean=False, sync=store.checkpoint())
 
     # -- what goes ---------------------------------------------------------------------------------------
 
-    def _expired(self, store: Store) -> Doom:
-        """Choose, now and then, what is settled and old."""
-        if clock.mono_s() - self._pruned_at < PRUNE_EVERY_S:
-            return retention.NOTHING
-        self._pruned_at = clock.mono_s()
-        settled = self._settled.copy()
-        oldest = store.oldest(1, settled.prefix(), 1000)
-        return retention.expired(oldest, settled, clock.wall_ms() - self._config.keep)
-
-    def _make_room(self, store: Store, sealer: Sealer, groups: Sequence[Group | Lost]) -> None:
-        """Let go of as much as it takes for these groups to fit below `max_size`.
+    def _make_room(self, store: Store, sealer: Sealer, groups: Sequence[Group | Lost], told: int) -> None:
+        """Let go of as much as it takes for these groups to fit below the limit.
 
         It goes in transactions of its own, because what deleting gives back is known only afterwards: pages are
         shared between batches.
         """
-        need = SLACK_BYTES + sum(_room(made.size) for made in groups if isinstance(made, Group))
+        need = SLACK + sum(_room(made.size) for made in groups if isinstance(made, Group))
         while (short := need - store.free_bytes()) > 0:
-            settled = self._settled.copy()
-            oldest: list[Stored] = []
-            for first, last in [*settled, *settled.gaps(1, self.head)]:
-                oldest += store.oldest(first, last, 2000)
-            doom = retention.make_room(oldest, settled, max(short, self._config.max_size // 100))
+            doom = self._keeper.room(store, sealer, told, short)
             if not doom.ranges:
                 return  # the newest batch alone is left
-            self._commit(store, sealer, [], self._named_again(store, doom))
+            self._commit(store, sealer, [], doom)
 
-    def _named_again(self, store: Store, doom: Doom) -> Doom:
-        """Add to what is lost what the gap events among it named: nobody upstream has heard of that yet."""
-        lost, again = [*doom.lost], []
-        for loss in doom.lost:
-            for batch in store.events(loss.first, loss.last):
-                try:
-                    records = msgspec.json.decode(unpack(batch))["records"]
-                except JournalDamaged as error:
-                    log.error("journal: %s; what it named goes unnamed", error)
-                    continue
-                for record in records:
-                    if record["event"] != "gap":
-                        continue
-                    if "stream" in record:
-                        again.append(Event(record.pop("ts"), record.pop("event"), record))
-                    else:
-                        digest = bytes.fromhex(record["last_prev"])
-                        lost.append(Loss(record["from"], record["to"], digest, [], record["reason"]))
-        return Doom(doom.ranges, retention.joined(lost), again)
+    def _run_ms(self) -> int:
+        """Return how long the journal has been open, in all its life."""
+        return self._wear.run_ms + round((clock.mono_s() - self._opened_s) * 1000)
 
-    def _condemned(self, store: Store, sealer: Sealer) -> Doom:
-        """Give up what was found damaged: all up to the next sound batch, which also tells the last one's hash."""
-        settled = self._settled.copy()
-        ranges: list[tuple[int, int]] = []
-        lost: list[Loss] = []
-        for first, last in Ranges((damage.first, damage.last) for damage in self._damages):
-            upto, digest = self.head, sealer.digest
-            while (follower := store.following(last)) is not None:
-                try:
-                    prev = decode_batch(unpack(follower)).prev
-                except JournalDamaged:
-                    last = follower.seq
-                    continue
-                upto, digest = follower.seq - 1, bytes.fromhex(prev)
-                break
-            ranges.append((first, upto))
-            # with the newest batch goes a gap event in its place, also if the upstream has it: the tip stays
-            for gone in list(settled.gaps(first, upto)) or ([(first, upto)] if follower is None else []):
-                known = digest if gone[1] == upto else store.last_digest(*gone)
-                lost.append(Loss(*gone, known, [gone], "damaged"))
-        for damage in self._damages if lost else ():
-            log.error("journal: %s", damage.detail)
-        return Doom(ranges, lost)
+    def _wear_due(self, store: Store, *, now: bool = False) -> Wear | None:
+        """Return what the journal has written so far, if it is time to note it."""
+        if not now and clock.mono_s() - self._wear_at < WEAR_EVERY_S:
+            return None
+        self._wear_at = clock.mono_s()
+        more = Wear(
+            self._run_ms() - self._wear.run_ms, self._readings, self._meter.take(), store.take_fsyncs()
+        )
+        self._wear = self._wear.plus(more)
+        self._opened_s, self._readings = clock.mono_s(), 0
+        return self._wear
 
     def _acked_due(self, gaps: Sequence[Loss] = (), *, now: bool = False) -> Ranges | None:
         """Return what is settled, with what is about to be, if it is time to write it down."""
