@@ -260,13 +260,14 @@ class Journal:
         reader = self._open_reader()
         generation = self._settled.generation
         try:
-            batches = reader.batches(first, last, limit=limit, max_bytes=READ_BYTES)
+            begins = self._over(reader.stream, first)
+            batches = reader.batches(begins, last, limit=limit, max_bytes=READ_BYTES)
         except JournalDamaged as error:
             self._inbox.tell(Damage(reader.stream, str(error)))
             raise
         settled = self._settled.copy()
         found: list[tuple[Batch, bytes | None]] = []
-        following = first
+        following = begins
         for batch in batches:
             self._doubt(reader.stream, settled, following, batch.seq - 1)
             try:
