@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgegw.control import commands
-from edgegw.domain.command import Reply, WriteCommand
+from edgegw.domain.command import ReplayCommand, Reply, WriteCommand
 
 CASES = tomllib.loads((Path(__file__).parent / "cases" / "control_commands.toml").read_text())["case"]
 NOW_MS = 1_000_000
@@ -26,7 +26,7 @@ LIMITS = plant(TAGS, {})[0].limits
 GOOD = {"id": "a", "write": {"battery.kw": 10.0}, "expires": NOW_MS + 60_000}
 
 
-def read(payload: bytes, retained: bool = False, **done: int) -> WriteCommand | Reply:
+def read(payload: bytes, retained: bool = False, **done: int) -> WriteCommand | ReplayCommand | Reply:
     return commands.read(payload, retained=retained, limits=LIMITS, done=done, now_ms=NOW_MS)
 
 
@@ -42,6 +42,8 @@ def test_what_is_said_to_a_message(case: dict[str, Any]) -> None:
     if "error" in case:
         assert isinstance(answer, Reply)
         assert (answer.ok, answer.error) == (False, case["error"])
+    elif "replay" in message:
+        assert answer == ReplayCommand("a", *(message["replay"][key] for key in ("stream", "from", "to")))
     else:
         assert answer == WriteCommand("a", message["write"], message["expires"], case.get("lease_s"))
 
@@ -62,6 +64,19 @@ PARTS = {
     "expires": st.just(NOW_MS + 1) | JSON,
     "lease": st.sampled_from(["1s", "9" * 400 + "d", "0s"]) | JSON,
 }
+REPLAYS = st.fixed_dictionaries({}, optional={"stream": st.text(), "from": JSON, "to": JSON}) | JSON
+
+
+@settings(deadline=None)
+@given(st.fixed_dictionaries({"id": PARTS["id"], "replay": REPLAYS}))
+def test_no_replay_is_taken_but_one_with_a_range(message: dict[str, Any]) -> None:
+    answer = read(json.dumps(message).encode())
+    if isinstance(answer, Reply):
+        assert not answer.ok
+        msgspec.json.encode(answer.wire())
+    else:
+        assert isinstance(answer, ReplayCommand)
+        assert 1 <= answer.first <= answer.last
 
 
 @settings(deadline=None)

@@ -8,7 +8,7 @@ import msgspec
 from edgegw.config.units import Duration
 from edgegw.control.expression import did_you_mean
 from edgegw.control.guard import Limits, check
-from edgegw.domain.command import HAND, Reply, WriteCommand
+from edgegw.domain.command import HAND, ReplayCommand, Reply, WriteCommand
 from edgegw.domain.tag import Scalar
 
 COMMAND_BYTES = 64 * 1024
@@ -18,16 +18,20 @@ KEEP_IDS_MS = 86_400_000
 IDS = 4096
 """Ids remembered: of commands that can still act all, of expired ones as many as there is room for."""
 LATEST_MS = 2**53
-_KEYS = {"id", "write", "expires", "lease", "replay"}
+LAST = 2**63 - 1
+_WRITE = ("id", "write", "expires", "lease")
+_REPLAY = ("id", "replay")
+_REPLAYED = ("stream", "from", "to")
 
 
 def read(
     payload: bytes, *, limits: Mapping[str, Limits], done: Mapping[str, int], now_ms: int,
     retained: bool = False, by_hand: bool = False,
-) -> WriteCommand | Reply:  # fmt: skip
+) -> WriteCommand | ReplayCommand | Reply:  # fmt: skip
     """Return the command in a message, or the answer that says why nothing is done about it.
 
-    `done` holds the ids of earlier commands. All setpoints are checked before any is written.
+    `done` holds the ids of earlier commands. All setpoints are checked before any is written; whether a replay's
+    records are there is not looked at here.
     """
     if len(payload) > COMMAND_BYTES:
         return Reply(None, False, f"{len(payload)} bytes; expected {COMMAND_BYTES} at most")
@@ -42,8 +46,11 @@ def read(
         return Reply(None, False, f"id: expected a string of 1 to {ID_LENGTH} characters")
     if name.startswith(HAND) != by_hand:
         return Reply(name, False, f"id: {HAND}... is for writes by hand at the gateway, and only for these")
-    wrong = _wrong(message, retained, name, done, now_ms) or _wrong_writes(message["write"], limits)
-    if wrong:
+    if wrong := _wrong(message, retained, name, done, now_ms):
+        return Reply(name, False, wrong)
+    if "replay" in message:
+        return _replay(name, message["replay"], by_hand)
+    if wrong := _wrong_write(message, now_ms) or _wrong_writes(message["write"], limits):
         return Reply(name, False, wrong)
     lease = message.get("lease")
     return WriteCommand(
@@ -58,19 +65,28 @@ def _wrong(
         return "retained: a command is for now, and a retained message is for whenever"
     if name in done:
         return "this id was already acted on"
-    if unknown := sorted(set(message) - _KEYS):
-        return f"unknown key {unknown[0][:60]}; expected id, write, expires, lease"
-    if "replay" in message:
-        return "replay is not yet available in this version"
+    if "write" in message and "replay" in message:
+        return "found both write and replay; expected one of them"
+    if wrong := _unknown(message, _REPLAY if "replay" in message else _WRITE):
+        return wrong
+    if sum(until_ms > now_ms for until_ms in done.values()) >= IDS:
+        return (
+            f"{IDS} commands have not expired yet, and no more ids are remembered; expected shorter expires"
+        )
+    return None
+
+
+def _unknown(message: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
+    unknown = sorted(set(message) - set(keys))
+    return f"unknown key {unknown[0][:60]}; expected {', '.join(keys)}" if unknown else None
+
+
+def _wrong_write(message: Mapping[str, Any], now_ms: int) -> str | None:
     expires = message.get("expires")
     if not isinstance(expires, int) or isinstance(expires, bool) or not 0 <= expires < LATEST_MS:
         return "expires: expected milliseconds since the Unix epoch"
     if expires <= now_ms:
         return f"expired {(now_ms - expires) / 1000:.1f} s ago"
-    if sum(until_ms > now_ms for until_ms in done.values()) >= IDS:
-        return (
-            f"{IDS} commands have not expired yet, and no more ids are remembered; expected shorter expires"
-        )
     if "lease" in message:
         try:
             if Duration.parse(message["lease"]) <= 0:
@@ -92,8 +108,28 @@ def _wrong_writes(writes: Mapping[str, object], limits: Mapping[str, Limits]) ->
     return None
 
 
+def _replay(name: str, asked: object, by_hand: bool) -> ReplayCommand | Reply:
+    if by_hand:
+        return Reply(name, False, "replay: is for TOPIC/cmd; expected a write")
+    if not isinstance(asked, dict):
+        return Reply(name, False, "replay: expected an object with stream, from and to")
+    if wrong := _unknown(asked, _REPLAYED):
+        return Reply(name, False, f"replay: {wrong}")
+    stream, first, last = (asked.get(key) for key in _REPLAYED)
+    if not isinstance(stream, str) or not 0 < len(stream) <= ID_LENGTH:
+        return Reply(name, False, f"replay.stream: expected a string of 1 to {ID_LENGTH} characters")
+    for key, seq in (("from", first), ("to", last)):
+        if not isinstance(seq, int) or isinstance(seq, bool) or not 1 <= seq <= LAST:
+            return Reply(name, False, f"replay.{key}: expected a whole number from 1")
+    assert isinstance(first, int)
+    assert isinstance(last, int)
+    if first > last:
+        return Reply(name, False, f"replay: from {first} is beyond to {last}")
+    return ReplayCommand(name, stream, first, last)
+
+
 def remembered(done: Mapping[str, int], now_ms: int) -> dict[str, int]:
-    """Return the ids that must still be known: id to the moment its command expires."""
+    """Return the ids that must still be known: id to the moment its command expires, a replay's at once."""
     kept = [(expires_ms, name) for name, expires_ms in done.items() if expires_ms + KEEP_IDS_MS > now_ms]
     return {name: expires_ms for expires_ms, name in sorted(kept)[-(IDS - 1) :]}
 

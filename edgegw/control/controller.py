@@ -17,7 +17,7 @@ from edgegw.control import commands, engine
 from edgegw.control.engine import Cycle, Planned, Plant, State
 from edgegw.control.memory import Memory, MemoryFile, decode
 from edgegw.control.rule import LinkState
-from edgegw.domain.command import Reply, WriteCommand
+from edgegw.domain.command import Replay, ReplayCommand, Reply, WriteCommand
 from edgegw.domain.image import Image
 from edgegw.domain.record import Event, Record
 from edgegw.domain.tag import Scalar, Value
@@ -47,12 +47,24 @@ class Ledger(Protocol):
         ...
 
 
+class Replayer(Protocol):
+    """What control needs of the uplink."""
+
+    async def plan(self, asked: ReplayCommand) -> Replay | str:
+        """Return what a replay would send, or why there can be none."""
+        ...
+
+    def start(self, replay: Replay) -> bool:
+        """Have a replay sent; False if too many are under way."""
+        ...
+
+
 class Controller:
     """Control as a service, with one inbox: `touch`, `command`."""
 
     def __init__(
         self, plant: Plant, image: Image, ledger: Ledger, link: Callable[[], LinkState],
-        write: Callable[[str, str, Scalar], Awaitable[Value]], memory: MemoryFile,
+        write: Callable[[str, str, Scalar], Awaitable[Value]], memory: MemoryFile, replayer: Replayer,
     ) -> None:  # fmt: skip
         self.state = State()
         self.cycles = 0
@@ -71,6 +83,7 @@ class Controller:
         self._saving: asyncio.TimerHandle | None = None
         self._leaving = False
         self._memory = memory
+        self._replayer = replayer
         self._devices = {name.partition(".")[0] for rule in plant.rules for name in rule.inputs}
         self._devices |= {name.partition(".")[0] for name, limits in plant.limits.items() if limits.writable}
         self._restore(memory.load())
@@ -227,6 +240,8 @@ class Controller:
         )  # fmt: skip
         if isinstance(asked, Reply):
             return self._answered(asked)
+        if isinstance(asked, ReplayCommand):
+            return self._answered(await self._replay(asked))
         if (objection := self._objection(asked)) is not None:
             return self._answered(Reply(asked.id, False, objection))
         self._done = {**commands.remembered(self._done, now_ms), asked.id: asked.expires_ms}
@@ -247,6 +262,25 @@ class Controller:
         if not reply.ok:
             self._ledger.append(Event(clock.wall_ms(), "command", reply.wire()))
         return reply
+
+    async def _replay(self, asked: ReplayCommand) -> Reply:
+        """Have records sent again; the id counts as expired at once, and is remembered for so long from now."""
+        replay = await self._replayer.plan(asked)
+        if self._leaving:
+            replay = "the gateway is stopping or taking up a new configuration; nothing is sent"
+        if isinstance(replay, str):
+            return Reply(asked.id, False, replay)
+        if asked.id in self._done:
+            return Reply(asked.id, False, "this id was already acted on")
+        now_ms = clock.wall_ms()
+        self._done = {**commands.remembered(self._done, now_ms), asked.id: now_ms}
+        what = {"stream": asked.stream, "from": replay.first, "to": replay.last}
+        self._ledger.append(Event(now_ms, "command", {"id": asked.id, "replay": what, "ok": True}))
+        if not await self._durable(COMMAND_PATIENCE_S):
+            return Reply(asked.id, False, "the journal cannot take it; nothing is sent")
+        if not self._replayer.start(replay):
+            return Reply(asked.id, False, "busy with other replays; try again later with another id")
+        return Reply(asked.id, True, replay=replay)
 
     async def _obey(self, asked: WriteCommand) -> Reply:
         """Give the command its hold, run a cycle, and wait for what it writes."""

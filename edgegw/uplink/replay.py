@@ -2,13 +2,23 @@
 
 import math
 
-from edgegw.domain.command import Replay
+from edgegw.domain.command import Replay, ReplayCommand
 from edgegw.domain.ranges import Ranges
 
 MOST = 8
 """Replays that may be under way at once."""
 BYTES_S = 1024**2
 """What replays send in a second at the most, in bytes of payload."""
+
+
+def planned(asked: ReplayCommand, kept: Ranges, head: int) -> Replay | str:
+    """Return what a replay comes to, up to the head, or why it cannot be; `kept` are whole batches that overlap it."""
+    if asked.first > head:
+        return f"replay.from: found {asked.first}; this stream ends at {head}"
+    last = min(asked.last, head)
+    if not kept:
+        return f"replay: records {asked.first} to {last} are no longer kept"
+    return Replay(asked.id, asked.stream, asked.first, last, tuple(kept))
 
 
 class Replays:

@@ -12,12 +12,12 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 from edgegw import __version__, clock
 from edgegw.config.load import secret
 from edgegw.config.schema import Config
-from edgegw.domain.command import Reply
+from edgegw.domain.command import Replay, ReplayCommand, Reply
 from edgegw.domain.record import Event
-from edgegw.errors import ConfigError, UplinkError
+from edgegw.errors import ConfigError, JournalError, UplinkError
 from edgegw.journal.journal import Journal
 from edgegw.journal.writer import Committed
-from edgegw.uplink import mqtt, receipts
+from edgegw.uplink import mqtt, receipts, replay
 from edgegw.uplink.drain import Drain
 from edgegw.uplink.link import Link, advance
 from edgegw.uplink.receipts import Receipts
@@ -179,6 +179,28 @@ class UplinkService:
                 log.warning("uplink %s/ack: %s; such messages are passed over", self._config.topic, error)
             return
         self._drain.received(received)
+
+    async def plan(self, asked: ReplayCommand) -> Replay | str:
+        """Return what a replay would send, or why there can be none."""
+        stream, head = self._journal.stream, self._journal.head
+        if self._replays.full:
+            return f"busy with {replay.MOST} replays; try again later"
+        if asked.stream != stream:
+            return f"replay.stream: found {asked.stream}; this journal's is {stream}"
+        try:
+            kept = await self._journal.kept(stream, asked.first, min(asked.last, head))
+        except JournalError as error:
+            return f"{error}; nothing is sent"
+        return replay.planned(asked, kept, head)
+
+    def start(self, asked: Replay) -> bool:
+        """Have a replay sent, over this connection and further ones; False if too many are under way."""
+        if self._replays.full:
+            return False
+        self._replays.add(asked)
+        if self._drain is not None:
+            self._drain.replay()
+        return True
 
     def _command(self, connection: mqtt.Connection, incoming: mqtt.Incoming) -> None:
         """Have a command obeyed, and answer it; more than a few at a time are refused."""
