@@ -48,10 +48,10 @@ class Gateway:
         self._journal = Journal(path, config.gateway.id, config.journal, config.uplink.max_message)
         self._memory = MemoryFile(path.with_name(path.name + ".control"))
         self._uplink = UplinkService(config, config_path, self._journal, self._link_changed, self._obey)
+        self._control = self._controller(plant)
         self._hand = HandService(
             path.with_name(path.name + ".sock"),
             lambda line: self._control.command(line, by_hand=True),
-        self._control = self._controller(plant)
             lambda tag: self._control.show(tag),
             {"acknowledge": lambda asked: tending.acknowledge(self._journal, asked)},
         )
@@ -72,7 +72,7 @@ class Gateway:
             loop.add_signal_handler(number, stop.set)
         loop.add_signal_handler(signal.SIGHUP, lambda: self._services.start("reload", self._reload))
 
-        self._journal.listen(self._committed)
+        self._journal.listen(self._uplink.committed)
         self._journal.start()
         self._journal.append(Event(self._started_ms, "start", {"version": __version__}))
         self._services.start("uplink", self._uplink.run)
@@ -133,15 +133,6 @@ class Gateway:
     async def _write(self, device: str, tag: str, value: Scalar) -> Value:
         scanner = self._scanners.get(device)
         if scanner is None:
-    def _record(self, record: Record) -> None:
-        """Take a record of a device, or of what ends its readings: for the journal, and for windows."""
-        self._journal.append(record)
-        self._windows.feed(record)
-
-    def _committed(self, committed: Committed) -> None:
-        self._windows.committed(committed)
-        self._uplink.committed(committed)
-
             raise NotConnected("not-configured", f"device.{device}: no longer configured")
         return await scanner.write(tag, value)
 
