@@ -11,7 +11,7 @@ from edgegw.domain import batch as batches
 from edgegw.domain.batch import Batch, Kind
 from edgegw.domain.era import Era
 from edgegw.domain.quality import BAD_TEXT, TOO_LARGE
-from edgegw.domain.record import DeviceStatus, Event, Record, Scan, wire
+from edgegw.domain.record import Event, Record, Scan, wire
 from edgegw.domain.tag import Value
 from edgegw.journal.thin import Thinned
 
@@ -41,7 +41,7 @@ def group(records: Iterable[Record], era: Era, max_message: int) -> list[Group]:
     """
     limit = max_message - batches.HEAD_ROOM
     events: list[Record] = []
-    data: list[Scan | DeviceStatus] = []
+    data: list[Record] = []
     for record in records:
         if isinstance(record, Event):
             events.append(record)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from edgegw import clock
 from edgegw.config.schema import Uplink
-from edgegw.domain.batch import Batch
+from edgegw.domain.batch import Batch, Kind
 from edgegw.domain.ranges import Ranges
 from edgegw.errors import UplinkError
 from edgegw.journal.journal import Journal
@@ -96,12 +96,14 @@ class Drain:
             if sent.overlaps(batch.seq, batch.last):
                 continue  # the backlog's reader was quicker
             sent.add(batch.seq, batch.last)
+            self._journal.hold([batch])
             self._live.append(Waiting(batch, body))
             self._live_bytes += batch.size
         while self._live_bytes > LIVE_BYTES and len(self._live) > 1:
             batch, _ = self._live.popleft()
             self._live_bytes -= batch.size
             sent.remove(batch.seq, batch.last)
+            self._journal.release([batch])
             self._feeder.hungry.set()
         self._something.set()
 
@@ -141,6 +143,7 @@ class Drain:
             for task in beside:
                 task.cancel()
             await asyncio.gather(*beside, return_exceptions=True)
+            self._journal.release()
 
     async def settle(self, timeout_s: float) -> None:
         """Wait until the broker has all that was committed, at most `timeout_s`."""
@@ -167,18 +170,18 @@ class Drain:
         while self._live and len(self._on_the_way) < self._window:
             batch, body = self._live.popleft()
             self._live_bytes -= batch.size
-            self._publish(batch, body, f"{self._topic}/{batch.kind.value}", Way.LIVE)
+            self._publish(batch, body, Way.LIVE)
         if self._feeder.held:
             return
         backlog = self._feeder.backlog
         while backlog and self._room and not self._waits_for_receipts:
-            self._publish(*backlog.popleft(), f"{self._topic}/backfill", Way.BACKLOG)
+            self._publish(*backlog.popleft(), Way.BACKLOG)
         again = self._feeder.again
         while again and self._room and not self._replays.wait_s(clock.mono_s()):
             if backlog and not self._waits_for_receipts:
                 break
             self._replays.goes(again[0].batch.size, clock.mono_s())
-            self._publish(*again.popleft(), f"{self._topic}/backfill", Way.AGAIN)
+            self._publish(*again.popleft(), Way.AGAIN)
         if len(backlog) < self._window or not again:
             self._feeder.hungry.set()
 
@@ -191,7 +194,9 @@ class Drain:
     def _waits_for_receipts(self) -> bool:
         return self._confirmation is not None and self._confirmation.full
 
-    def _publish(self, batch: Batch, body: bytes, topic: str, way: Way) -> None:
+    def _publish(self, batch: Batch, body: bytes, way: Way) -> None:
+        as_made = way is Way.LIVE or batch.kind is Kind.SUMMARY
+        topic = f"{self._topic}/{batch.kind.value if as_made else 'backfill'}"
         if self._config.compression == "zstd":
             payload, content_type = batch.packed, "application/json+zstd"
         else:
@@ -209,6 +214,7 @@ class Drain:
                 self._feeder.repeated(batch, taken=True)
             return
         mid = self._connection.publish(topic, payload, content_type=content_type)
+        self._journal.publish(batch)
         self._on_the_way[mid] = _OnTheWay(batch, way, clock.mono_s())
         self._beside_live += way is not Way.LIVE
 
@@ -236,6 +242,7 @@ class Drain:
             self._journal.acknowledge(batch)
         else:
             self._confirmation.taken(batch, live=sent.way is Way.LIVE)
+            self._journal.release([batch])
         if sent.way is not Way.LIVE:
             self._pacer.acknowledged(sent.sent_s, now_s)
         if self._refusals:

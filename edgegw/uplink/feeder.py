@@ -14,7 +14,7 @@ from edgegw import clock
 from edgegw.domain.batch import Batch
 from edgegw.domain.ranges import Ranges
 from edgegw.errors import JournalError
-from edgegw.journal.journal import Journal
+from edgegw.journal.journal import Found, Journal
 from edgegw.uplink.replay import Replays
 
 log = logging.getLogger(__name__)
@@ -86,6 +86,7 @@ class Feeder:
             self.sent.remove(batch.seq, batch.last)
         for batch, _ in self.again:
             self._repeating.remove(batch.seq, batch.last)
+        self._journal.release([batch for batch, _ in (*self.backlog, *self.again)])
         self.backlog.clear()
         self.again.clear()
         self.hungry.set()
@@ -95,6 +96,7 @@ class Feeder:
         if taken:
             self._replays.sent(self.stream, batch.seq, batch.last)
         self._repeating.remove(batch.seq, batch.last)
+        self._journal.release([batch])
         self.hungry.set()
 
     async def _feed_backlog(self) -> None:
@@ -103,13 +105,13 @@ class Feeder:
         gap = next(self.sent.gaps(1, self._journal.head), None)
         if gap is None:
             return
-        found = await self._journal.read(*gap, READ_BATCHES)
+        found = await self._read(*gap, READ_BATCHES)
         expected = gap[0]
         for batch, body in found.batches:
             if batch.seq > expected:
                 self.sent.add(expected, batch.seq - 1)  # the journal has no such batch: nothing to send
             expected = batch.last + 1
-            if self.sent.overlaps(batch.seq, batch.last):
+            if self.sent.covers(batch.seq, batch.last):
                 continue  # it went out as live meanwhile
             self.sent.add(batch.seq, batch.last)
             if body is not None:
@@ -117,6 +119,13 @@ class Feeder:
         if expected <= found.through:
             self.sent.add(expected, found.through)
         self.something.set()
+
+    async def _read(self, first: int, last: int, limit: int) -> Found:
+        """Read batches and take them in hand, so that none is thinned while it waits to be sent."""
+        while True:
+            found = await self._journal.read(first, last, limit)
+            if self._journal.hold([batch for batch, _ in found.batches], found.generation):
+                return found
 
     async def _feed_again(self) -> None:
         """Read what is to be tried, else the next of a replay."""
@@ -128,7 +137,7 @@ class Feeder:
             (first, last), limit = following, AGAIN_BATCHES
         else:
             return
-        found = await self._journal.read(first, last, limit)
+        found = await self._read(first, last, limit)
         expected = first
         for batch, body in found.batches:
             self._replays.sent(self.stream, expected, batch.seq - 1)  # no such batch any more
