@@ -183,6 +183,13 @@ class Guard(Model):
     max_per_hour: int | None = Field(None, ge=1)
     safe: float | bool | str | None = None
 
+    @model_validator(mode="after")
+    def _limits(self) -> Self:
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"found min {self.min} above max {self.max}")
+        return self
+
+
 class Deadband(NamedTuple):
     """How far a number may move from what was last reported: an absolute width, or a share of that value."""
 
@@ -214,13 +221,6 @@ def _deadband_fits(deadband: Deadband, kind: str) -> None:
     """Raise ValueError if a deadband stands beside a type that has no distances."""
     if any(deadband) and (kind == "bool" or kind.startswith("string") or kind.endswith("[]")):
         raise ValueError(f"found a deadband on type {kind!r}, of which any change counts; expected a number")
-
-
-    @model_validator(mode="after")
-    def _limits(self) -> Self:
-        if self.min is not None and self.max is not None and self.min > self.max:
-            raise ValueError(f"found min {self.min} above max {self.max}")
-        return self
 
 
 REGISTERS = {
@@ -260,7 +260,6 @@ class ModbusTag(Guard):
                 f"found type {self.type!r} at {self.address}; a bool in a register names its bit, as in "
                 f"{self.address.table}:{self.address.start}.0, and only a bool does"
             )
-        _deadband_fits(self.deadband, self.type)
         if self.writable and self.address.table in ("input", "discrete"):
             raise ValueError(f"{self.address.table} cannot be written; found writable = true")
         if self.type in ("bool",) or self.type.startswith("string:"):
@@ -268,6 +267,7 @@ class ModbusTag(Guard):
                 raise ValueError(f"a {self.type.partition(':')[0]} has no scale or offset")
         elif self.scale == 0.0:
             raise ValueError("found scale 0; expected a factor that leaves the value")
+        _deadband_fits(self.deadband, self.type)
         if self.address.start + self.registers > 65536:
             raise ValueError(
                 f"{self.address} with {self.registers} registers ends behind the last address, 65535"
@@ -309,17 +309,17 @@ class OpcUaTag(Guard):
     @field_validator("type")
     @classmethod
     def _type(cls, text: str) -> str:
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        _deadband_fits(self.deadband, self.type)
-        return self
-
         if text and text.removesuffix("[]") not in (*REGISTERS, "string"):
             raise ValueError(
                 f"found {text!r}; expected one of {', '.join(REGISTERS)} or string, "
                 "for an array with [] behind it, or nothing"
             )
         return text
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        _deadband_fits(self.deadband, self.type)
+        return self
 
 
 class Device(Model):
