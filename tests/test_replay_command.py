@@ -107,7 +107,8 @@ async def test_p2_a_replay_sends_whole_batches_as_the_same_bytes_and_says_what_i
             operator.send(b"", retain=True)
             await kill(run)
         with gateway(tmp_path, made(port, meter)) as run:
-            await until(lambda: run.said("online"), "the next life")
+            count = len(seen.batches("data"))
+            await until(lambda: len(seen.batches("data")) > count, "live batches of the next life")
             used = await operator.ask(asking("b", stream, 1, 99))
             assert used["error"] == "this id was already acted on"
             await stop(run)
