@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from edgegw.config.schema import ModbusTag
 from edgegw.config.units import ModbusAddress
+from edgegw.drivers.decimals import Decimals
 from edgegw.drivers.modbus.plan import Block, plan
 from edgegw.drivers.modbus.registers import compile_block
 
@@ -48,7 +49,7 @@ def read(memory: Memory, tags: Mapping[str, ModbusTag], **limits: int) -> dict[s
     """Plan, answer and decode; return each tag's value, to the type and the bit, or its quality."""
     got: dict[str, str] = {}
     for block in plan(tags, **limits):
-        values, quality = compile_block(block)(answer(memory, block))
+        values, quality = compile_block(block, Decimals())(answer(memory, block))
         for placed, value in zip(block.tags, values, strict=True):
             bad = (quality or {}).get(placed.name)
             assert (value is None) == (bad is not None), (placed.name, value, bad)
@@ -126,6 +127,12 @@ def decode(kind: str, order: str, data: bytes) -> float:
     return struct.unpack(FORMATS[kind], bytes(data[letters.index(a)] for a in sorted(letters)))[0]
 
 
+def shown(kind: str, value: float) -> str:
+    """Return a value in the words of `read`: a float32 as the decimal that is meant by it."""
+    meant = Decimals().of([value])[0] if kind == "float32" else value
+    return f"{type(meant).__name__} {meant!r}"
+
+
 @st.composite
 def written(draw: st.DrawFn) -> tuple[str, str, float, int]:
     """A type, an order, a value that the type holds, and a gap before it."""
@@ -146,7 +153,7 @@ def test_what_a_device_writes_is_read_back(layout: list[tuple[str, str, float, i
     for i, (kind, order, value, gap) in enumerate(layout):
         image += b"\xff" * 2 * gap
         tags[f"t{i}"] = tag_of({"address": f"input:{len(image) // 2}", "type": kind, "order": order})
-        expected[f"t{i}"] = f"{type(value).__name__} {value!r}"
+        expected[f"t{i}"] = shown(kind, value)
         image += encode(kind, order, value)
     assert read({"input": image}, tags, max_block=max_block) == expected
 
@@ -165,7 +172,7 @@ def test_tags_that_overlap_each_read_their_own_bytes(image: bytes, picks: list[t
         tags[f"t{i}"] = tag_of({"address": f"holding:{at}", "type": kind, "order": order})
         value = decode(kind, order, image[at * 2 : at * 2 + struct.calcsize(FORMATS[kind])])
         good = math.isfinite(value)
-        expected[f"t{i}"] = f"{type(value).__name__} {value!r}" if good else "bad:not-a-number"
+        expected[f"t{i}"] = shown(kind, value) if good else "bad:not-a-number"
     assert read({"holding": image}, tags) == expected
 
 

@@ -25,6 +25,7 @@ from test_modbus_driver import Watch, after_reconnecting, config, drivers, scann
 from test_modbus_transports import Line, lines, on, rtu
 
 from edgegw.config.schema import ModbusTag
+from edgegw.drivers.decimals import Decimals
 from edgegw.drivers.modbus import writing
 from edgegw.drivers.modbus.driver import ModbusDriver
 from edgegw.drivers.modbus.plan import Block, Placed
@@ -43,7 +44,7 @@ CASES = tomllib.loads((Path(__file__).parent / "cases" / "modbus_encode.toml").r
 def read(tag: ModbusTag, data: bytes) -> Any:
     """Return the value of a tag whose registers hold these bytes."""
     block = Block(tag.address.table, tag.address.start, tag.registers, (Placed("tag", tag, 0),))
-    (value,), bad = compile_block(block)(data)
+    (value,), bad = compile_block(block, Decimals())(data)
     assert not bad
     return value
 
@@ -87,7 +88,9 @@ def raws(draw: st.DrawFn, bits: int = 64) -> tuple[str, float]:
     kind = draw(st.sampled_from(list(FORMATS)))
     width = int(kind.lstrip("uintfloa"))
     if kind.startswith("float"):
-        return kind, draw(st.floats(width=width, allow_nan=False, allow_infinity=False))
+        return kind, draw(
+            st.floats(width=width, allow_nan=False, allow_infinity=False)
+        ) + 0.0  # minus zero is read as zero
     size = min(width, bits)
     least = 0 if kind.startswith("u") else -(2 ** (size - 1))
     return kind, draw(st.integers(least, least + 2**size - 1))

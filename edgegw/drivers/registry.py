@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from edgegw.config.schema import Device, ModbusDevice, OpcUaDevice
 from edgegw.drivers.base import Driver
+from edgegw.drivers.decimals import Decimals
 
 if TYPE_CHECKING:
     from edgegw.drivers.modbus.transport import Transport
@@ -15,6 +16,7 @@ class Drivers:
 
     def __init__(self) -> None:
         self._modbus: Sessions[Transport] | None = None
+        self._decimals = Decimals()
 
     def make(self, name: str, config: Device) -> Driver:
         """Return the driver of a device."""
@@ -22,7 +24,7 @@ class Drivers:
             case ModbusDevice():
                 from edgegw.drivers.modbus.driver import ModbusDriver
 
-                return ModbusDriver(name, config, self._modbus_sessions())
+                return ModbusDriver(name, config, self._modbus_sessions(), self._decimals)
             case OpcUaDevice():
                 from edgegw.drivers.opcua.driver import OpcUaDriver
 

@@ -14,6 +14,7 @@ from typing import Any
 from edgegw.config.schema import ModbusTag
 from edgegw.domain.quality import BAD_TEXT, NOT_A_NUMBER
 from edgegw.domain.tag import Value
+from edgegw.drivers.decimals import Decimals
 from edgegw.drivers.modbus.plan import Block
 
 CODES = {
@@ -26,13 +27,14 @@ Decoded = tuple[Sequence[Value], dict[str, str] | None]
 """The values in the order of the block's tags, and the quality of those that are not good."""
 
 
-def compile_block(block: Block) -> Callable[[bytes], Decoded]:
+def compile_block(block: Block, decimals: Decimals) -> Callable[[bytes], Decoded]:
     """Return what decodes the data bytes of a block's answer (without the byte count).
 
     The data has two bytes a register, or one bit a coil, least significant first in each byte
     (Modbus Application Protocol 1.1b3, 6.1 and 6.3).
     """
-    return _compile_bits(block) if block.table in ("coil", "discrete") else _compile_registers(block)
+    bits = block.table in ("coil", "discrete")
+    return _compile_bits(block) if bits else _compile_registers(block, decimals)
 
 
 def _compile_bits(block: Block) -> Callable[[bytes], Decoded]:
@@ -44,17 +46,25 @@ def _compile_bits(block: Block) -> Callable[[bytes], Decoded]:
     return decode
 
 
-def _compile_registers(block: Block) -> Callable[[bytes], Decoded]:
+def _compile_registers(block: Block, decimals: Decimals) -> Callable[[bytes], Decoded]:
     layout, gather = _layout(block)
     unpack = layout.unpack
     names = [placed.name for placed in block.tags]
     floats = [i for i, placed in enumerate(block.tags) if _may_be_infinite(placed.tag)]
     only_floats = len(floats) == len(names)
+    singles = [i for i, placed in enumerate(block.tags) if placed.tag.type == "float32"]
+    only_singles = len(singles) == len(names)
     finish = [(i, step) for i, placed in enumerate(block.tags) if (step := _finish(placed.tag)) is not None]
 
     def decode(data: bytes) -> Decoded:
         values: Sequence[Any] = unpack(gather(data) if gather else data)
         quality: dict[str, str] | None = None
+        if only_singles:
+            values = decimals.of(values)
+        elif singles:
+            values = list(values)
+            for i, value in zip(singles, decimals.of([values[i] for i in singles]), strict=True):
+                values[i] = value
         if finish:
             values = list(values)
             for i, step in finish:

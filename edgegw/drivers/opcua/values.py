@@ -18,6 +18,7 @@ from edgegw.config.schema import OpcUaTag
 from edgegw.domain.quality import BAD_TEXT, NOT_A_NUMBER, bad, uncertain
 from edgegw.domain.record import Scan
 from edgegw.domain.tag import Scalar, Value
+from edgegw.drivers.decimals import decimals
 
 NO_VALUE = bad("no-value")
 TYPE_MISMATCH = bad("type-mismatch")
@@ -115,6 +116,9 @@ def plain(variant: ua.Variant | None) -> Scalar | list[Scalar]:
     raw = variant.Value if variant is not None else None
     if raw is None:
         raise _WrongError(NO_VALUE)
+    if variant is not None and variant.VariantType is ua.VariantType.Float:
+        several, _ = decimals(raw if isinstance(raw, list) else [raw])
+        return list(several) if isinstance(raw, list) else several[0]
     if isinstance(raw, list):
         return [_scalar(item) for item in raw]
     return _scalar(raw)
