@@ -11,13 +11,15 @@ from pathlib import Path
 
 import click
 
-from edgegw.cli.options import json_option
+from edgegw.cli.options import json_option, print_json
 from edgegw.config.units import Duration
 from edgegw.errors import ConfigError
 from edgegw.receiver import target
+from edgegw.receiver.corrector import Correctable, Corrector
 from edgegw.receiver.intake import Intake
 from edgegw.receiver.receipts import Receipts
 from edgegw.receiver.report import Report
+from edgegw.receiver.sink import Sink
 
 
 def _duration(ctx: click.Context, param: click.Parameter, value: str) -> Duration:
@@ -70,6 +72,11 @@ def _duration(ctx: click.Context, param: click.Parameter, value: str) -> Duratio
 @click.option(
     "--no-ack", is_flag=True, help="Send no receipts on TOPIC/ack: for a receiver that only watches."
 )
+@click.option(
+    "--correct-time", is_flag=True,
+    help="Correct the times of records of an unsynchronised clock, once the right time is known; without --url "
+    "only what --to holds.",
+)  # fmt: skip
 @json_option
 def command(
     url: str | None,
@@ -88,6 +95,7 @@ def command(
     password_file: Path | None,
     ca_file: Path | None,
     no_ack: bool,
+    correct_time: bool,
     as_json: bool,
 ) -> None:
     """Subscribe, keep each record once, and report what is missing.
@@ -95,12 +103,17 @@ def command(
     Batches may come in any order, on any topic and any number of times; a message is confirmed to the broker
     only when what it holds is on disk, so this may be stopped or killed at any moment and started again.
     Without --once it runs until it is interrupted. For gateways that wait for it (`acknowledge = "receiver"`) it
-    confirms on TOPIC/ack what is kept.
+    confirms on TOPIC/ack what is kept. With --correct-time the tables' times are moved where a gateway's clock
+    was not synchronised and what it should have said is known; what was done stands in the table corrections.
 
     A report is printed with --once, --report or --json (to standard error if the records go to standard
     output). The exit code is then 1 if a record is missing and named by no gap event, if two batches are in
     conflict, or if a chain is broken.
     """
+    if correct_time and (report or import_file or to == target.STDOUT):
+        raise click.UsageError(
+            "--correct-time is for a database, and neither --report nor --import changes its times"
+        )
     if import_file is not None:
         from edgegw.cli.journal.take_in import take_in
 
@@ -111,6 +124,9 @@ def command(
     target.check(to)
     if report:
         _only_report(to, as_json)
+        return
+    if correct_time and not url:
+        _only_correct(to, as_json)
         return
     if not url:
         raise click.UsageError("--url is needed: the broker, mqtt://HOST:PORT")
@@ -131,7 +147,8 @@ def command(
     sink = target.open_sink(to)
     try:
         lasts = to != target.STDOUT and not no_ack
-        intake = Intake(sink, receipts=Receipts() if lasts else None)
+        corrector = _corrector(sink) if correct_time else None
+        intake = Intake(sink, receipts=Receipts() if lasts else None, corrector=corrector)
         protocols = list(Protocol) if protocol == "auto" else [Protocol(protocol)]
         Receiver(broker, intake, stop, idle.s if once else None, protocols).run()
         if once or as_json:
@@ -140,11 +157,45 @@ def command(
         sink.close()
 
 
-def _only_report(to: str, as_json: bool) -> None:
+def _corrector(sink: Sink) -> Corrector:
+    """Correct what a sink holds; return what corrects all that comes."""
+    assert isinstance(sink, Correctable)
+    corrector = Corrector(sink)
+    corrector.settle()
+    return corrector
+
+
+def _only_correct(to: str, as_json: bool) -> None:
+    sink = _open_earlier(to, "--correct-time without --url")
+    try:
+        applied = _corrector(sink).applied()
+    finally:
+        sink.close()
+    if as_json:
+        print_json(
+            [
+                {"gateway": of.key.gateway, "stream": of.key.stream, "batches": of.batches,
+                 "records": of.records, "delta_ms": of.delta_ms}
+                for of in applied
+            ]
+        )  # fmt: skip
+        return
+    for of in applied:
+        click.echo(f"{of.key}: {of.records:,} records of {of.batches:,} batches moved by {of.delta_ms:+,} ms")
+    if not applied:
+        click.echo("nothing to correct")
+
+
+def _open_earlier(to: str, option: str) -> Sink:
+    """Open the database of an earlier run."""
     file = target.sqlite_file(to)
     if to == target.STDOUT or (file and not file.is_file()):
-        raise ConfigError([f"--report: {to} holds nothing; expected the database of an earlier run"])
-    sink = target.open_sink(to)
+        raise ConfigError([f"{option}: {to} holds nothing; expected the database of an earlier run"])
+    return target.open_sink(to)
+
+
+def _only_report(to: str, as_json: bool) -> None:
+    sink = _open_earlier(to, "--report")
     try:
         _print(Intake(sink).report(), as_json, to)
     finally:

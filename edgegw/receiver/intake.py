@@ -7,6 +7,7 @@ from collections.abc import Callable
 from edgegw.clock import mono_s, wall_ms
 from edgegw.domain.batch import Kind
 from edgegw.receiver.announce import HoleWatch, Throttle
+from edgegw.receiver.corrector import Corrector
 from edgegw.receiver.dedupe import Key, Stream, Verdict
 from edgegw.receiver.receipts import Receipts
 from edgegw.receiver.report import Report, StreamReport, chain_of
@@ -23,15 +24,21 @@ class Intake:
     """Everything between a payload and the sink; it knows nothing of MQTT.
 
     A message may be confirmed to its sender once `commit` has returned after `take`. With `receipts` it
-    collects what to confirm to the gateways.
+    collects what to confirm to the gateways, with a `corrector` it has the times corrected.
     """
 
     def __init__(
-        self, sink: Sink, now_s: Callable[[], float] = mono_s, *, receipts: Receipts | None = None
+        self,
+        sink: Sink,
+        now_s: Callable[[], float] = mono_s,
+        *,
+        receipts: Receipts | None = None,
+        corrector: Corrector | None = None,
     ) -> None:
         self._sink = sink
         self._now_s = now_s
         self._receipts = receipts
+        self._corrector = corrector
         self._streams: dict[Key, Stream] = {}
         self._holes: dict[Key, HoleWatch] = {}
         self._duplicates: Counter[Key] = Counter()
@@ -79,6 +86,8 @@ class Intake:
             )
             return False
         self._sink.add(batch, wall_ms())
+        if self._corrector is not None:
+            self._corrector.take(batch)
         stream.keep(batch.seq, batch.count)
         self._touched.add(key)
         if batch.kind is Kind.EVENT:
@@ -105,6 +114,8 @@ class Intake:
     def commit(self) -> None:
         """Make all that was taken in safe."""
         self._sink.commit()
+        if self._corrector is not None:
+            self._corrector.settle()
         self.watch()
 
     def reconnected(self) -> None:

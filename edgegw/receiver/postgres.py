@@ -9,8 +9,10 @@ import msgspec
 from edgegw.domain.batch import Kind, Link, decode, digest
 from edgegw.domain.tag import Value
 from edgegw.errors import ConfigError
+from edgegw.receiver.corrector import Correction
 from edgegw.receiver.dedupe import Kept, Key, NamedGap
 from edgegw.receiver.sink import Figures, SinkError, Span
+from edgegw.receiver.timing import HEAD_BYTES, UNSYNCED
 from edgegw.receiver.wire import Batch, MalformedError, link, read_gap
 
 try:
@@ -40,6 +42,17 @@ _SCHEMA: tuple[LiteralString, ...] = (
     "CREATE INDEX IF NOT EXISTS events_names ON events (event)",
 )
 """A number stands in `value`; text, or an array as JSON, in `value_text`."""
+
+_OF_RECORDS: tuple[LiteralString, ...] = ("readings", "events", "device_status", "summaries")
+_OF_BATCH: LiteralString = "WHERE gateway = %s AND stream = %s AND"
+_UNSYNCED: LiteralString = f"position('{UNSYNCED}' in left(body, {HEAD_BYTES})) > 0"
+"""The condition of the index `batches_unsynced`: what uses it must say the same."""
+_CORRECTIONS: tuple[LiteralString, ...] = (
+    "CREATE TABLE IF NOT EXISTS corrections (gateway text, stream text, seq bigint, count bigint NOT NULL,"
+    " delta_ms bigint NOT NULL, PRIMARY KEY (gateway, stream, seq))",
+    *(f"CREATE INDEX IF NOT EXISTS {table}_seqs ON {table} (gateway, stream, seq)" for table in _OF_RECORDS),
+    f"CREATE INDEX IF NOT EXISTS batches_unsynced ON batches (gateway, stream, seq) WHERE {_UNSYNCED}",
+)
 
 
 class PostgresSink:
@@ -89,16 +102,48 @@ class PostgresSink:
                 " VALUES (%s, %s, %s, %s, %s, %s, %s)",
                 (*batch.key, batch.seq, batch.count, batch.kind.value, received_ms, batch.body.decode()),
             )
-            readings = _readings(batch)
-            if b"\\u0000" in batch.body:  # PostgreSQL's text cannot hold that character
-                readings = [tuple(_without_nul(field) for field in row) for row in readings]
-            with cursor.copy(
-                "COPY readings (gateway, stream, seq, ts, device, tag, value, value_text, quality) FROM STDIN"
-            ) as copy:
-                for row in readings:
-                    copy.write_row(row)
-            for statement, rows in _others(batch):
-                cursor.executemany(statement, [tuple(map(_without_nul, row)) for row in rows])
+            _add_records(cursor, batch)
+
+    def prepare_corrections(self) -> None:
+        with _naming_the_database():
+            for statement in _CORRECTIONS:
+                self._conn.execute(statement)
+            self._conn.commit()
+
+    def naming_events(self) -> Iterable[tuple[str, bytes]]:
+        rows = self._rows("SELECT gateway, body FROM events WHERE event IN ('start', 'clock-step')")
+        return ((gateway, body.encode()) for gateway, body in rows)
+
+    def unsynced(self, gateway: str, stream: str, seq: int, limit: int) -> Sequence[tuple[str, int, bytes]]:
+        with _naming_the_database():
+            rows = self._conn.execute(
+                "SELECT stream, seq, body FROM batches WHERE gateway = %s AND (stream, seq) > (%s, %s) AND "
+                f"{_UNSYNCED} ORDER BY stream, seq LIMIT %s",
+                (gateway, stream, seq, limit),
+            ).fetchall()
+        return [(of, at, body.encode()) for of, at, body in rows]
+
+    def correction(self, key: Key, seq: int) -> Correction | None:
+        with _naming_the_database():
+            row = self._conn.execute(
+                f"SELECT count, delta_ms FROM corrections {_OF_BATCH} seq = %s", (*key, seq)
+            ).fetchone()
+        return Correction(*row) if row else None
+
+    def correct(self, batch: Batch, correction: Correction) -> None:
+        with _naming_the_database(), self._conn.cursor() as cursor:
+            for table in _OF_RECORDS:
+                cursor.execute(
+                    f"DELETE FROM {table} {_OF_BATCH} seq BETWEEN %s AND %s",
+                    (*batch.key, batch.seq, batch.last),
+                )
+            _add_records(cursor, batch)
+            cursor.execute(f"DELETE FROM corrections {_OF_BATCH} seq = %s", (*batch.key, batch.seq))
+            if correction.records:
+                cursor.execute(
+                    "INSERT INTO corrections (gateway, stream, seq, count, delta_ms) VALUES (%s, %s, %s, %s, %s)",
+                    (*batch.key, batch.seq, *correction),
+                )
 
     def add_conflict(self, batch: Batch, received_ms: int) -> None:
         with _naming_the_database():
@@ -147,6 +192,19 @@ def _naming_the_database() -> Iterator[None]:
         raise SinkError(
             f"postgresql: {str(error).strip()}; nothing unkept was confirmed, start again"
         ) from error
+
+
+def _add_records(cursor: "psycopg.Cursor[Any]", batch: Batch) -> None:
+    readings = _readings(batch)
+    if b"\\u0000" in batch.body:  # PostgreSQL's text cannot hold that character
+        readings = [tuple(_without_nul(field) for field in row) for row in readings]
+    with cursor.copy(
+        "COPY readings (gateway, stream, seq, ts, device, tag, value, value_text, quality) FROM STDIN"
+    ) as copy:
+        for row in readings:
+            copy.write_row(row)
+    for statement, rows in _others(batch):
+        cursor.executemany(statement, [tuple(map(_without_nul, row)) for row in rows])
 
 
 def _readings(batch: Batch) -> list[tuple[Any, ...]]:

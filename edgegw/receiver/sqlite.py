@@ -15,8 +15,10 @@ import sqlite_utils
 
 from edgegw.domain.batch import Kind, Link, decode, digest
 from edgegw.domain.tag import Value
+from edgegw.receiver.corrector import Correction
 from edgegw.receiver.dedupe import Kept, Key, NamedGap
 from edgegw.receiver.sink import Figures, SinkError, Span
+from edgegw.receiver.timing import HEAD_BYTES, UNSYNCED
 from edgegw.receiver.wire import MAX_INT, Batch, MalformedError, link, read_gap
 
 _OF = {"gateway": str, "stream": str, "seq": int}
@@ -35,6 +37,10 @@ _INDEXES = (
     ("batches", ("gateway", "stream", "seq", "count"), "batches_spans"),
     ("events", ("event",), "events_names"),
 )
+_OF_RECORDS = ("readings", "events", "device_status", "summaries")
+_OF_BATCH = "WHERE gateway = ? AND stream = ? AND"
+_UNSYNCED = f"instr(substr(body, 1, {HEAD_BYTES}), '{UNSYNCED}') > 0"
+"""The condition of the index `batches_unsynced`: what uses it must say the same."""
 LOCKED_S = 60.0
 """How long to wait for another program that holds the file."""
 
@@ -105,6 +111,57 @@ class SqliteSink:
             )
             self._add_data(batch)
             self._add_others(batch)
+
+    def prepare_corrections(self) -> None:
+        with self._naming_the_file():
+            if "corrections" not in self._db.table_names():
+                columns = _OF | {"count": int, "delta_ms": int}
+                self._db.table("corrections").create(columns, pk=("gateway", "stream", "seq"))
+            for table in _OF_RECORDS:
+                self._db.table(table).create_index(list(_OF), f"{table}_seqs", if_not_exists=True)
+            self._conn.execute(
+                f"CREATE INDEX IF NOT EXISTS batches_unsynced ON batches (gateway, stream, seq) WHERE {_UNSYNCED}"
+            )
+            self._conn.commit()
+
+    def naming_events(self) -> Iterable[tuple[str, bytes]]:
+        with self._naming_the_file():
+            for gateway, body in self._conn.execute(
+                "SELECT gateway, body FROM events WHERE event IN ('start', 'clock-step')"
+            ):
+                yield gateway, body.encode()
+
+    def unsynced(self, gateway: str, stream: str, seq: int, limit: int) -> Sequence[tuple[str, int, bytes]]:
+        with self._naming_the_file():
+            rows = self._conn.execute(
+                f"SELECT stream, seq, body FROM batches WHERE gateway = ? AND (stream, seq) > (?, ?) AND {_UNSYNCED}"
+                " ORDER BY stream, seq LIMIT ?",
+                (gateway, stream, seq, limit),
+            ).fetchall()
+        return [(of, at, body.encode()) for of, at, body in rows]
+
+    def correction(self, key: Key, seq: int) -> Correction | None:
+        with self._naming_the_file():
+            row = self._conn.execute(
+                f"SELECT count, delta_ms FROM corrections {_OF_BATCH} seq = ?", (*key, seq)
+            ).fetchone()
+        return Correction(*row) if row else None
+
+    def correct(self, batch: Batch, correction: Correction) -> None:
+        with self._naming_the_file():
+            for table in _OF_RECORDS:
+                self._conn.execute(
+                    f"DELETE FROM {table} {_OF_BATCH} seq BETWEEN ? AND ?",
+                    (*batch.key, batch.seq, batch.last),
+                )
+            self._add_data(batch)
+            self._add_others(batch)
+            self._conn.execute(f"DELETE FROM corrections {_OF_BATCH} seq = ?", (*batch.key, batch.seq))
+            if correction.records:
+                self._conn.execute(
+                    "INSERT INTO corrections (gateway, stream, seq, count, delta_ms) VALUES (?, ?, ?, ?, ?)",
+                    (*batch.key, batch.seq, *correction),
+                )
 
     def _add_data(self, batch: Batch) -> None:
         gateway, stream = batch.key
