@@ -6,7 +6,6 @@ import random
 import signal
 import sqlite3
 import sys
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ from typing import Any
 import msgspec
 import pytest
 from chains import Chain
+from command_rig import Run, run
 from field import field
 from gateway_rig import config, device, gateway, journal_head, toml, until
 from journal_rig import Hand, Told, covered, event, kept, scan
 from rig import MOSQUITTO, Process, free_port, mosquitto, receive
 from test_bundle import PRIVATE, PUBLIC, row
 
-from edgegw.cli import main
 from edgegw.domain.ranges import Ranges
 from edgegw.journal import bundle
 from edgegw.journal import receipt as receipts
@@ -28,21 +27,7 @@ from edgegw.journal.bundle import Bundle
 from edgegw.journal.store import Reader
 from edgegw.runtime.lock import held
 
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process; return exit code, standard output and standard error."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["edgegw", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
+__all__ = ["run"]  # a fixture
 
 
 class Site:

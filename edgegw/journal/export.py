@@ -4,13 +4,11 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from edgegw.domain.batch import Batch, Kind, decode
+from edgegw.domain.batch import Batch, Message, decode
 from edgegw.domain.ranges import Ranges
 from edgegw.errors import JournalDamaged
 from edgegw.journal.period import Period, walk
 from edgegw.journal.store import Reader, unpack
-
-MINUTE_MS = 60_000
 
 
 class _Time(msgspec.Struct, gc=False):
@@ -36,13 +34,16 @@ def chosen(
             message = decode(body)
             if message.gateway != gateway:
                 left_out(f"batch {batch.seq}: it is of gateway {message.gateway}, which this once was")
-            elif not period.bounded or _within(period, batch.kind, message.records):
+            elif not period.bounded or _within(period, message):
                 yield batch, body
         except (JournalDamaged, msgspec.MsgspecError) as error:
             left_out(str(error))
 
 
-def _within(period: Period, kind: Kind, records: msgspec.Raw) -> bool:
-    """Tell whether any record is of the period; a summary's is of the minute that its time begins."""
-    from_ms = period.from_ms - (MINUTE_MS - 1 if kind is Kind.SUMMARY else 0)
-    return any(from_ms <= record.ts < period.to_ms for record in _times.decode(records))
+def _within(period: Period, message: Message) -> bool:
+    """Tell whether any record is of the period; a summary's is of all the time that it stands for."""
+    length_ms = max(0, 1000 * (message.period or 0) - 1)
+    return any(
+        period.from_ms <= record.ts + length_ms and record.ts < period.to_ms
+        for record in _times.decode(message.records)
+    )

@@ -24,12 +24,7 @@ class Period(NamedTuple):
 
 def walk(reader: Reader, period: Period) -> Iterator[Batch]:
     """Yield the batches up to the present head that may hold records of a period, in order."""
-    for first, last in _spans(reader, period):
+    for first, last in reader.spans_between(period.from_ms, period.to_ms - 1):
         while batches := reader.batches(first, last, limit=STEP):
             yield from batches
             first = batches[-1].seq + 1
-
-
-def _spans(reader: Reader, period: Period) -> list[tuple[int, int]]:
-    """Return where in the journal records of a period may be."""
-    return [(1, reader.tip().head)]

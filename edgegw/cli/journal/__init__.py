@@ -4,6 +4,7 @@ import click
 
 from edgegw.cli.journal.carry import export, import_file
 from edgegw.cli.journal.look import stat, tail, verify
+from edgegw.cli.journal.query import query
 from edgegw.cli.journal.tend import ack
 
 
@@ -12,5 +13,5 @@ def command() -> None:
     """Figures, records and integrity of the journal, and what is carried by hand; the gateway may run meanwhile."""
 
 
-for _part in (stat, tail, verify, export, import_file, ack):
+for _part in (stat, tail, query, verify, export, import_file, ack):
     command.add_command(_part)
