@@ -16,17 +16,20 @@ from edgegw.control.hand import HandService
 from edgegw.control.memory import MemoryFile
 from edgegw.domain.command import Reply
 from edgegw.domain.image import Image
-from edgegw.domain.record import Event
+from edgegw.domain.record import Event, Record
 from edgegw.domain.tag import Scalar, Value
 from edgegw.drivers.registry import Drivers
 from edgegw.errors import ConfigError, JournalError, NotConnected
 from edgegw.journal import tending
 from edgegw.journal.journal import Journal
+from edgegw.journal.writer import Committed
 from edgegw.runtime.lock import held
 from edgegw.runtime.notify import Notifier
 from edgegw.runtime.supervisor import Supervisor
 from edgegw.scan.report import reporter
 from edgegw.scan.scanner import Scanner
+from edgegw.series.build import specs
+from edgegw.series.windows import Windows
 from edgegw.status.server import StatusServer
 from edgegw.uplink.link import Link
 from edgegw.uplink.uplink import UplinkService
@@ -55,6 +58,9 @@ class Gateway:
             lambda tag: self._control.show(tag),
             {"acknowledge": lambda asked: tending.acknowledge(self._journal, asked)},
         )
+        self._windows = Windows(
+            specs(config), self._journal, self._image, lambda name: self._control.touch(name)
+        )
         self._notifier = Notifier()
         self._scanners = {name: self._scanner(name, device) for name, device in config.device.items()}
 
@@ -72,12 +78,13 @@ class Gateway:
             loop.add_signal_handler(number, stop.set)
         loop.add_signal_handler(signal.SIGHUP, lambda: self._services.start("reload", self._reload))
 
-        self._journal.listen(self._uplink.committed)
+        self._journal.listen(self._committed)
         self._journal.start()
-        self._journal.append(Event(self._started_ms, "start", {"version": __version__}))
+        self._record(Event(self._started_ms, "start", {"version": __version__}))
         self._services.start("uplink", self._uplink.run)
         self._services.start("control", self._control.run)
         self._services.start("hand", self._hand.run)
+        self._services.start("windows", self._windows.run)
         for name, scanner in self._scanners.items():
             self._services.start(f"device.{name}", scanner.run)
         if self._config.status.http:
@@ -99,6 +106,7 @@ class Gateway:
         await self._control.settle()
         for name in list(self._scanners):
             await self._stop_device(name)
+        await self._services.stop("windows")
         self._journal.append(Event(clock.wall_ms(), "stop", {}))
         try:
             async with asyncio.timeout(5.0):
@@ -118,11 +126,20 @@ class Gateway:
         return Scanner(
             name,
             driver,
-            self._journal.append,
+            self._record,
             self._image,
             lambda device: self._control.touch(device),
             reporter(device),
         )
+
+    def _record(self, record: Record) -> None:
+        """Take a record of a device, or of what ends its readings: for the journal, and for windows."""
+        self._journal.append(record)
+        self._windows.feed(record)
+
+    def _committed(self, committed: Committed) -> None:
+        self._windows.committed(committed)
+        self._uplink.committed(committed)
 
     def _controller(self, plant: Plant) -> Controller:
         return Controller(
@@ -169,17 +186,21 @@ class Gateway:
         come = [name for name, device in config.device.items() if old.device.get(name) != device]
         for name in gone:
             await self._stop_device(name)
+        if specs(old) != specs(config):
+            self._windows.reload(specs(config))
+        self._record(Event(clock.wall_ms(), "config", {"ok": True, "stopped": gone, "started": come}))
         for name in come:
             self._scanners[name] = self._scanner(name, config.device[name])
             self._services.start(f"device.{name}", self._scanners[name].run)
-        if (old.device, old.rule) != (config.device, config.rule):
+        if (old.device, old.rule, old.window) != (config.device, config.rule, config.window):
             await self._services.stop("control")  # it takes up what it remembers, under the new rules
             await self._control.settle()
             self._control = self._controller(plant)
             self._services.start("control", self._control.run)
-        self._config = old.model_copy(update={"device": config.device, "rule": config.rule})
+        self._config = old.model_copy(
+            update={"device": config.device, "rule": config.rule, "window": config.window}
+        )
         log.info("reload: %d devices stopped, %d started", len(gone), len(come))
-        self._journal.append(Event(clock.wall_ms(), "config", {"ok": True, "stopped": gone, "started": come}))
 
     async def _watchdog(self) -> None:
         """Show systemd that the event loop still turns."""
@@ -223,5 +244,6 @@ class Gateway:
                 for name, scanner in self._scanners.items()
             },
             "rules": self._control.rules(),
+            "windows": self._windows.shown(),
             "readings": sum(scanner.readings for scanner in self._scanners.values()),
         }

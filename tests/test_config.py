@@ -72,10 +72,11 @@ def test_a_file_that_cannot_be_read_is_named_with_the_way_out(tmp_path: Path, th
 # -- what is right -------------------------------------------------------------------------------------------
 
 
-def test_the_contracts_example_loads_with_its_rule() -> None:
+def test_the_contracts_example_loads_with_its_rule_and_its_window() -> None:
     config, _ = load_with_rules(CONTRACT)
     assert list(config.device) == ["meter1", "battery", "plant"]
     assert list(config.rule) == ["peak_shave"]
+    assert list(config.window) == ["load_15m"]
     assert config.topic == "edgegw/site-7"
 
 

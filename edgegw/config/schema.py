@@ -82,14 +82,14 @@ class Journal(Model):
         return value
 
 
-def _urls(value: Any) -> Any:
+def _several(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 class Uplink(Model):
     """The way to the upstream broker."""
 
-    url: Annotated[tuple[str, ...], BeforeValidator(_urls)] = ("mqtt://127.0.0.1:1883",)
+    url: Annotated[tuple[str, ...], BeforeValidator(_several)] = ("mqtt://127.0.0.1:1883",)
     topic: str = "edgegw/{gateway}"
     protocol: Literal["auto", "5", "3.1.1"] = "auto"
     username: str = ""
@@ -322,6 +322,10 @@ class OpcUaTag(Guard):
         return self
 
 
+STALE_PERIODS = 3
+"""How many of its device's periods a reading is good for, if nothing else is said."""
+
+
 class Device(Model):
     """What devices of all protocols share."""
 
@@ -446,10 +450,49 @@ class Rule(Model):
     finally_: dict[str, str | bool | int | float] = Field(default_factory=dict, alias="finally")
 
 
-def _later_section(value: dict[str, Any]) -> dict[str, Any]:
-    if value:
-        raise not_yet("this section")
-    return value
+MOST_STRETCHES = 3000
+"""How many `every` a window may be long, with its lateness: each is kept apart."""
+
+
+class Window(Model):
+    """What tags come to over stretches of time. Whether these tags are there is checked with the rules."""
+
+    of: Annotated[tuple[str, ...], BeforeValidator(_several)] = Field(min_length=1)
+    size: Duration
+    every: Duration | None = None
+    agg: Annotated[
+        tuple[Literal["mean", "min", "max", "sum", "count", "first", "last", "integral"], ...],
+        BeforeValidator(_several),
+    ] = Field(("mean", "min", "max"), min_length=1)
+    lateness: Duration = Duration(0)
+
+    @field_validator("of", "agg")
+    @classmethod
+    def _once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"found {', '.join(twice)} more than once; expected each once")
+        return names
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        every = self.period
+        if every < 100:
+            raise ValueError(f"found a window every {every} ms; expected 100ms or more")
+        if self.size < every or self.size % every:
+            raise ValueError(
+                f"found size {self.size} ms, every {every} ms; expected a size that is a multiple of every"
+            )
+        if self.size + self.lateness > MOST_STRETCHES * every:
+            raise ValueError(
+                f"found size {self.size} ms and lateness {self.lateness} ms, every {every} ms; expected both together "
+                f"to be at most {MOST_STRETCHES} times every"
+            )
+        return self
+
+    @property
+    def period(self) -> Duration:
+        """How often a stretch is over; one after the other, if nothing is said."""
+        return self.size if self.every is None else self.every
 
 
 class Config(Model):
@@ -461,7 +504,7 @@ class Config(Model):
     status: Status = Status()
     device: dict[Name, AnyDevice] = Field(default_factory=dict)
     rule: dict[Name, Rule] = Field(default_factory=dict)
-    window: Annotated[dict[str, Any], BeforeValidator(_later_section)] = Field(default_factory=dict)
+    window: dict[Name, Window] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -4,16 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from edgegw.config.load import Problem, load
-from edgegw.config.schema import Config, Device, Guard, ModbusTag, OpcUaTag
+from edgegw.config.schema import STALE_PERIODS, Config, Guard, ModbusTag, OpcUaTag
 from edgegw.config.schema import Rule as RuleConfig
+from edgegw.config.schema import Window as WindowConfig
 from edgegw.control.engine import Plant
 from edgegw.control.expression import Compiler, Expression, did_you_mean
 from edgegw.control.guard import Limits, check
 from edgegw.control.rule import Rule
 
 Problems = list[Problem]
-STALE_PERIODS = 3
-"""How many of its device's periods a reading is good for, if the rule does not say."""
 
 
 def load_with_rules(path: Path) -> tuple[Config, Plant]:
@@ -32,20 +31,35 @@ def build(config: Config) -> tuple[Plant, Problems]:
             full = f"{device_name}.{name}"
             limits[full] = _limits(tag)
             problems += _odd_limits(("device", device_name, "tags", name), tag, limits[full])
-    compiler = Compiler({name: limit.kind for name, limit in limits.items()})
+    kinds = {name: limit.kind for name, limit in limits.items()}
+    for name, window in config.window.items():
+        problems += _odd_window(name, window, config)
+        kinds |= {f"{name}.{figure}": "number" for figure in (*window.agg, "coverage")}
+    compiler = Compiler(kinds)
     rules = []
     for name, rule in config.rule.items():
         made, wrong = _rule(name, rule, compiler, limits)
         problems += wrong
         if made is not None:
             rules.append(made)
-    stale = {name: _stale_after_s(device) for name, device in config.device.items()}
+    stale = {name: STALE_PERIODS * device.every.s for name, device in config.device.items()}
+    stale |= {name: STALE_PERIODS * window.period.s for name, window in config.window.items()}
     own = {name: rule.stale_after.s for name, rule in config.rule.items() if rule.stale_after is not None}
     return Plant(tuple(rules), limits, stale, own, config.uplink.hand_back), problems
 
 
-def _stale_after_s(device: Device) -> float:
-    return STALE_PERIODS * device.every.s
+def _odd_window(name: str, window: WindowConfig, config: Config) -> Problems:
+    problems: Problems = []
+    if name in config.device:
+        problems.append((("window", name), f"{name} is the name of a device; expected one of its own"))
+    tags = {f"{device}.{tag}": at for device, one in config.device.items() for tag, at in one.tags.items()}
+    for full in window.of:
+        where, tag = ("window", name, "of"), tags.get(full)
+        if tag is None:
+            problems.append((where, f"{full} is no tag of the configuration{did_you_mean(full, tags)}"))
+        elif tag.type.endswith("[]") or kind_of(tag) == "string":
+            problems.append((where, f"{full} is of type {tag.type!r}; expected a number or a bool"))
+    return problems
 
 
 def kind_of(tag: Guard) -> str:

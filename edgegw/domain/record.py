@@ -31,6 +31,22 @@ class DeviceStatus(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     reason: str | None = None
 
 
+class WindowResult(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """What a window came to from `start` to just before `ts`; `rev` counts how often it was said anew.
+
+    `values` holds each aggregate, None where there was nothing that it could be of. `coverage` is the share of the
+    time, of 0 to 1, in which the signal was known.
+    """
+
+    ts: int
+    device: str
+    values: dict[str, Value]
+    start: int = msgspec.field(name="from")
+    coverage: float
+    rev: int
+    quality: dict[str, str] | None = None
+
+
 class Event(msgspec.Struct, frozen=True, gc=False):
     """Something that happened, by name and with its particulars."""
 
@@ -39,7 +55,7 @@ class Event(msgspec.Struct, frozen=True, gc=False):
     fields: dict[str, Any]
 
 
-Record = Scan | DeviceStatus | Event
+Record = Scan | DeviceStatus | WindowResult | Event
 
 
 def wire(record: Record) -> Any:

@@ -1,0 +1,1 @@
+"""Windows: what readings come to over stretches of time."""
