@@ -21,7 +21,8 @@ NAMING = frozenset({"start", "clock-step"})
 BEFORE_MS = 600_000
 AFTER_MS = 1_000
 """How far from its era's moments a record may lie: what lies farther is a source's own time, not the gateway's."""
-
+SUMMARY_BEFORE_MS = 900_000
+"""Instead of BEFORE_MS for a summary's records, which bear the beginning of a period: the longest there is."""
 LATEST_MS = 2**53
 
 _Ms = Annotated[int, msgspec.Meta(ge=-LATEST_MS, le=LATEST_MS)]
@@ -100,7 +101,7 @@ class Eras:
 
 def moved(batch: Batch, era: Era, move: Move) -> tuple[Batch, int]:
     """Return a batch with the times of its records moved, and how many were; its body stays as it came."""
-    first = era.wall_ms - BEFORE_MS
+    first = era.wall_ms - (SUMMARY_BEFORE_MS if batch.kind is Kind.SUMMARY else BEFORE_MS)
     last = LATEST_MS if move.end_ms is None else move.end_ms + era.offset_ms + AFTER_MS
     count = 0
 
