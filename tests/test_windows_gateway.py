@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 from control_field import SETPOINT, Site, configuration, kill, running, site
-from gateway_rig import toml, until
+from gateway_rig import config, gateway, toml, until
 from journal_rig import kept
 from rig import free_port
+from test_opcua_driver import Field
 
 from edgegw.errors import JournalError
 
@@ -68,7 +69,9 @@ class Meter:
         for record in records:
             if record.get("device") == "meter" and "values" in record:
                 points.append((record["ts"], 0, record["values"]["kw"]))
-            elif (record.get("device"), record.get("status")) == ("meter", "bad") or record.get("event") == "stop":
+            elif (record.get("device"), record.get("status")) == ("meter", "bad") or record.get(
+                "event"
+            ) == "stop":
                 points.append((record["ts"], 1, None))
             elif record.get("event") == "start":
                 points.append((seen, 1, None))
@@ -172,3 +175,39 @@ async def test_a_reload_reads_new_windows_back_and_lets_the_others_go_on(tmp_pat
     assert new["coverage"] > meter.result(new["from"], new["ts"])[0] - 0.2, (
         "it began with what the journal held"
     )
+
+
+async def test_a_subscribed_value_that_last_changed_long_ago_is_held_and_held_again_after_a_loss(
+    tmp_path: Path,
+) -> None:
+    server = Field(free_port())
+    try:
+        await server.start()
+        tags = {"on": {"address": "ns=2;s=On", "type": "bool"}}
+        plant = {"driver": "opcua", "url": server.url, "every": "100ms", "timeout": "500ms", "tags": tags}
+        window = {"of": ["plant.on"], "size": "500ms", "agg": ["mean", "count"]}
+        made = config(free_port(), {"plant": plant}, window={"load": window})
+        with gateway(tmp_path, made) as run:
+            await until(lambda: _whole(tmp_path), "a stretch that is known as a whole")
+            server.kill()
+            await until(lambda: run.said("trying again"), "the loss")
+            await server.start()
+            await until(lambda: run.said("back after"), "the recovery")
+            seen = told(tmp_path)[-1]["ts"]
+            await until(lambda: _whole(tmp_path) and _whole(tmp_path)[-1] > seen + 500, "what is held again")
+            await kill(run)
+    finally:
+        server.kill()
+    for result in told(tmp_path):
+        assert result["values"] == {"mean": 1.0, "count": 0}, (
+            "held by the gateway's time, read at the source's"
+        )
+    lost = next(record["ts"] for record in journaled(tmp_path) if record.get("status") == "bad")
+    back = next(record["ts"] for record in journaled(tmp_path) if record.get("status") == "good")
+    known = sum(r["coverage"] * 500 for r in told(tmp_path) if lost < r["ts"] <= back)
+    assert known < 500, "nothing is known while it is away"
+
+
+def _whole(folder: Path) -> list[int]:
+    """Return the ends of the stretches of which everything is known."""
+    return [result["ts"] for result in told(folder) if result["coverage"] == 1.0]
