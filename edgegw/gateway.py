@@ -56,7 +56,7 @@ class Gateway:
             path.with_name(path.name + ".sock"),
             lambda line: self._control.command(line, by_hand=True),
             lambda tag: self._control.show(tag),
-            {"acknowledge": lambda asked: tending.acknowledge(self._journal, asked)},
+            tending.requests(self._journal),
         )
         self._windows = Windows(
             specs(config), self._journal, self._image, lambda name: self._control.touch(name)

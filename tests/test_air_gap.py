@@ -16,10 +16,13 @@ from chains import Chain
 from command_rig import Run, run
 from field import field
 from gateway_rig import config, device, gateway, journal_head, toml, until
-from journal_rig import Hand, Told, covered, event, kept, scan
+from journal_rig import MIB, Hand, Told, covered, event, kept, scan
+from journal_rig import config as journal_config
 from rig import MOSQUITTO, Process, free_port, mosquitto, receive
 from test_bundle import PRIVATE, PUBLIC, row
 
+from edgegw.cli.daemon import converse
+from edgegw.domain.batch import Kind
 from edgegw.domain.ranges import Ranges
 from edgegw.journal import bundle
 from edgegw.journal import receipt as receipts
@@ -215,6 +218,121 @@ def test_a_receipt_that_is_not_this_journals_releases_nothing(site: Site, run: R
     code, out, errors = run("journal", "ack", site.receipt, "-c", site.config)
     assert (code, out) == (0, "released 0 batches, 0 records\n")
     assert "the batch that ends them is no longer here; not released" in errors
+
+
+# -- beside what the gateway does of itself --------------------------------------------------------------------------
+
+
+def test_what_was_exported_is_thinned_apart_from_what_was_not_and_released_as_summaries(
+    tmp_path: Path, run: Run
+) -> None:
+    """Whoever has the readings of a part could make nothing of a summary of more."""
+    site = Site(tmp_path / "site", batches=0)
+    hand = Hand(site.journal, journal_config(max_size=4 * MIB, when_full="thin"))
+    carried = [told for n in range(150) for told in hand.turn(scan(1000 * n, tags=1000))]
+    assert run("journal", "export", site.file, "-c", site.config)[0] == 0
+    first, last = carried[0].batch.seq, carried[-1].batch.last
+    hand.settled.carry(carried[0].stream, [(1, last)])
+    for n in range(150, 700):
+        hand.turn(scan(1000 * n, tags=1000))
+    spans = {(b.seq, b.last) for b in kept(site.journal).batches.values() if b.kind is Kind.SUMMARY}
+    hand.close()
+    assert Ranges(spans).covers(first, last)
+    assert all(end <= last or begin > last for begin, end in spans)
+    assert run("receive", "--import", site.file, *to(tmp_path))[0] == 0
+    code, out, errors = run("journal", "ack", site.receipt, "-c", site.config)
+    assert (code, errors) == (0, "")
+    assert acked(site).covers(first, last)
+    run("journal", "export", tmp_path / "rest", "-c", site.config)
+    code, out, _ = run("receive", "--import", tmp_path / "rest", *to(tmp_path), "--json")
+    done = json.loads(out)
+    assert (code, done["held_records"]) == (0, done["records"])
+    assert run("receive", "--report", *to(tmp_path))[0] == 0
+
+
+def test_prune_deletes_what_is_acknowledged_and_nothing_else(site: Site, run: Run) -> None:
+    code, out, _ = run("journal", "prune", "--older-than", "1h", "-c", site.config)
+    assert (code, out) == (0, "deleted 0 batches, 0 records\n")
+    code, out, _ = run("journal", "prune", "-c", site.config)
+    assert (code, out) == (0, f"deleted 2 batches, {site.told[1].batch.last} records\n")
+    assert list(kept(site.journal).bodies.values()) == site.bodies[2:]
+    assert run("journal", "prune", "-c", site.config)[1] == "deleted 0 batches, 0 records\n"
+    assert run("journal", "verify", "-c", site.config)[0] == 0
+    run("journal", "export", site.file, "-c", site.config)
+    run("receive", "--import", site.file, "--to", f"sqlite:///{site.folder / 'kept.db'}")
+    run("journal", "ack", site.receipt, "-c", site.config)
+    batches = len(site.bodies) - 3
+    assert json.loads(run("journal", "prune", "--json", "-c", site.config)[1])["batches"] == batches
+    assert list(kept(site.journal).bodies.values()) == site.bodies[-1:], "the tip stays"
+    assert run("journal", "prune", "--older-than", "soon", "-c", site.config)[0] == 2
+    site.journal.unlink()
+    code, _, errors = run("journal", "prune", "-c", site.config)
+    assert (code, "not there" in errors, site.journal.exists()) == (1, True, False)
+
+
+@pytest.mark.skipif(not MOSQUITTO, reason="mosquitto is not here")
+async def test_a_running_gateway_prunes_and_knows_what_was_exported(tmp_path: Path, run: Run) -> None:
+    port = free_port()
+    async with field() as meter:
+        made = config(port, {"m": device(meter.port)})
+        with gateway(tmp_path, made) as running:
+            await until(lambda: meter.counts[1] > 20, "scans")
+            configuration = ("-c", tmp_path / "config.toml")
+            code, _, errors = await asyncio.to_thread(
+                run, "journal", "export", tmp_path / "x", *configuration
+            )
+            assert (code, errors) == (0, "")
+            with mosquitto(tmp_path, port):
+                await until(lambda: meter.counts[1] > 60, "scans while the backlog goes")
+                for _ in range(100):  # live batches are acknowledged first
+                    code, _, _ = await asyncio.to_thread(run, "journal", "prune", "--json", *configuration)
+                    assert code == 0
+                    if min(kept(tmp_path / "journal.db").batches) > 1:
+                        break
+                else:
+                    pytest.fail("the backlog was not pruned")
+            assert running.said("journal: pruned by hand, ")
+            running.send(signal.SIGTERM)
+            assert (await asyncio.to_thread(running.end))[0] == 0
+
+
+async def test_the_socket_refuses_what_it_does_not_understand(tmp_path: Path) -> None:
+    async with field() as meter:
+        with gateway(tmp_path, config(free_port(), {"m": device(meter.port)})) as running:
+            await until((tmp_path / "journal.db.mark").exists, "a commit")
+            await until((tmp_path / "journal.db.sock").exists, "the socket")
+            stream = await asyncio.to_thread(running_stream, tmp_path)
+
+            def ask(message: dict[str, Any]) -> dict[str, Any]:
+                answer = converse(tmp_path / "journal.db", "test", lambda ask: ask(message))
+                assert answer is not None
+                return answer
+
+            for message, said in (
+                ({"acknowledge": {"stream": "x", "ranges": []}}, f"this journal's is {stream}"),
+                ({"acknowledge": {"stream": stream, "ranges": [[1]]}}, "Expected"),
+                ({"acknowledge": {"stream": stream}}, "missing required field `ranges`"),
+                ({"acknowledge": {"stream": stream, "ranges": [], "more": 1}}, "unknown field"),
+                ({"carried": {"stream": "x", "ranges": []}}, "this journal's is"),
+                ({"prune": {"older_than_ms": -1}}, ">= 0"),
+                ({"prune": {}}, "missing required field"),
+                ({"prune": 5}, "Expected `object`"),
+            ):
+                answer = await asyncio.to_thread(ask, message)
+                assert (answer["ok"], said in answer["error"]) == (False, True), (message, answer)
+            absurd = {"stream": stream, "ranges": [[-5, 0], [9, 3], [1 << 40, 1 << 41]]}
+            assert await asyncio.to_thread(ask, {"acknowledge": absurd}) == {"ok": True, "ranges": []}
+            running.send(signal.SIGTERM)
+            assert (await asyncio.to_thread(running.end))[0] == 0
+
+
+def running_stream(folder: Path) -> str:
+    """Return the stream of the journal in a folder."""
+    reader = Reader(folder / "journal.db")
+    try:
+        return reader.stream
+    finally:
+        reader.close()
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -29,12 +29,17 @@ def _moment(ctx: click.Context, param: click.Parameter, value: str | None) -> in
     return round((when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
-def duration(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+def age(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     """Return a duration in milliseconds; as a callback of an option."""
     try:
-        found = None if value is None else int(Duration.parse(value))
+        return None if value is None else int(Duration.parse(value))
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
+
+
+def duration(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Return a duration in milliseconds that is not nothing; as a callback of an option."""
+    found = age(ctx, param, value)
     if found == 0:
         raise click.BadParameter("found no time at all; expected some, as in 1m")
     return found

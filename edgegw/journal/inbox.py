@@ -30,12 +30,24 @@ class Damage(NamedTuple):
     last: int = 0
 
 
+class Prune:
+    """A wish that what is settled and old goes now; says how much has gone, and tells `done` when that is all."""
+
+    __slots__ = ("batches", "done", "older_than_ms", "records")
+
+    def __init__(self, older_than_ms: int, done: asyncio.Future[None]) -> None:
+        self.older_than_ms = older_than_ms
+        self.done = done
+        self.batches = self.records = 0
+
+
 class Taken(NamedTuple):
     """What the writer takes at one turn: records, losses and new eras in order, and what else it was told."""
 
     items: list[Record | Lost | Era]
     flushes: list[asyncio.Future[None]]
     damages: list[Damage]
+    prunes: list[Prune]
     readings: int
 
 
@@ -43,7 +55,7 @@ class Inbox:
     """Filled on the event loop's thread, emptied by the writer's."""
 
     def __init__(self) -> None:
-        self._items: deque[Record | Lost | Era | Damage | asyncio.Future[None]] = deque()
+        self._items: deque[Record | Lost | Era | Damage | Prune | asyncio.Future[None]] = deque()
         self._put = self._got = 0
         self._losing: Lost | None = None
         self._lock = threading.Lock()
@@ -65,9 +77,9 @@ class Inbox:
         self._put += weight
         self._items.append(record)
 
-    def tell(self, what: Era | Damage | asyncio.Future[None]) -> None:
-        """Say that an era begins here, ask for a flush (a future, resolved when all before it is durable), or
-        tell of damage."""
+    def tell(self, what: Era | Damage | Prune | asyncio.Future[None]) -> None:
+        """Say that an era begins here, ask for a flush (a future, resolved when all before it is durable), tell of
+        damage, or wish for room."""
         self._items.append(what)
 
     def take(self) -> Taken:
@@ -75,11 +87,14 @@ class Inbox:
         items: list[Record | Lost | Era] = []
         flushes: list[asyncio.Future[None]] = []
         damages: list[Damage] = []
+        prunes: list[Prune] = []
         weight = 0
         while self._items:
             item = self._items.popleft()
             if isinstance(item, Damage):
                 damages.append(item)
+            elif isinstance(item, Prune):
+                prunes.append(item)
             elif isinstance(item, asyncio.Future):
                 flushes.append(item)
             elif isinstance(item, Era):
@@ -93,4 +108,4 @@ class Inbox:
                     weight += len(item.values) if isinstance(item, Scan) else 1
                 items.append(item)
         self._got += weight
-        return Taken(items, flushes, damages, weight)
+        return Taken(items, flushes, damages, prunes, weight)

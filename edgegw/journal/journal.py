@@ -21,7 +21,7 @@ from edgegw.domain.era import Era
 from edgegw.domain.ranges import Ranges
 from edgegw.domain.record import Event, Record
 from edgegw.errors import JournalDamaged, JournalError
-from edgegw.journal.inbox import Damage, Inbox
+from edgegw.journal.inbox import Damage, Inbox, Prune
 from edgegw.journal.settled import Settled
 from edgegw.journal.store import Reader, size_bytes, unpack
 from edgegw.journal.timekeeper import Timekeeper
@@ -128,6 +128,14 @@ class Journal:
         self._wake.set()
         await done
 
+    async def prune(self, older_than_ms: int) -> tuple[int, int]:
+        """Delete what is settled and was written longer ago than that; return how many batches and records."""
+        prune = Prune(older_than_ms, self._loop.create_future())
+        self._inbox.tell(prune)
+        self._wake.set()
+        await prune.done
+        return prune.batches, prune.records
+
     def acknowledge(self, batch: Batch) -> None:
         """Note that the upstream has a batch."""
         self._settled.acknowledge(batch)
@@ -170,6 +178,10 @@ class Journal:
     def publish(self, batch: Batch) -> None:
         """Note that a batch has gone out."""
         self._settled.publish(batch)
+
+    def carried(self, stream: str, ranges: Iterable[tuple[int, int]]) -> None:
+        """Note that these seqs have gone out by hand."""
+        self._settled.carry(stream, ranges)
 
     def release(self, batches: Sequence[Batch] | None = None) -> None:
         """Let go of batches that are not on their way any more; of all, without any."""

@@ -61,6 +61,16 @@ class Keeper:
         oldest = store.oldest(1, settled.prefix(), 1000)
         return retention.expired(oldest, settled, run_ms - self._config.keep)
 
+    def pruned(self, store: Store, before_run_ms: int) -> tuple[Doom, int]:
+        """Choose some of what is settled and older than that, wherever it stands; return how many batches these are."""
+        settled = self._settled.copy()
+        for first, last in settled:
+            found = store.oldest(first, last, 1000)
+            old = [s for s in found if s.run_ms < before_run_ms and settled.covers(s.first, s.last)]
+            if old:
+                return retention.dooming(old, settled), len(old)
+        return retention.NOTHING, 0
+
     def room(self, store: Store, sealer: Sealer, upto: int, need_bytes: int) -> Doom:
         """Choose what gives back room, some of it at a time: what is settled, what can be thinned, what is oldest.
 

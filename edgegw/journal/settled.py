@@ -99,6 +99,12 @@ class Settled:
             if batch.stream == self._stream:
                 self._published.add(batch.seq, batch.last)
 
+    def carry(self, stream: str, ranges: Iterable[tuple[int, int]]) -> None:
+        """Note that these seqs have gone out by hand."""
+        with self._lock:
+            for first, last in ranges if stream == self._stream else ():
+                self._published.add(first, last)
+
     def release(self, batches: Sequence[Batch] | None = None) -> None:
         """Let go of batches, or of all."""
         with self._lock:

@@ -22,7 +22,7 @@ from edgegw.errors import JournalDamaged, JournalError, JournalFull
 from edgegw.journal import retention, succession, timekeeper
 from edgegw.journal.ballast import Ballast
 from edgegw.journal.encode import Group, Sealer, group
-from edgegw.journal.inbox import Damage, Inbox, Lost
+from edgegw.journal.inbox import Damage, Inbox, Lost, Prune
 from edgegw.journal.keeper import ROW_BYTES, Keeper
 from edgegw.journal.mark import Mark, MarkFile
 from edgegw.journal.retention import Doom, Loss
@@ -43,6 +43,8 @@ ACKED_EVERY_S = 10.0
 BALLAST_EVERY_S = 10.0
 WEAR_EVERY_S = 60.0
 RETRY_S = 1.0
+PRUNE_S = 0.1
+"""How long a turn prunes because it was asked to."""
 SAY_S = 30.0
 
 
@@ -104,6 +106,7 @@ class Writer:
         self._opening: list[Group] = []
         self._waiting: list[Group | Lost] = []
         self._damages: list[Damage] = []
+        self._prunes: list[Prune] = []
         self._unsure: _Unsure | None = None
         self._flushes: list[asyncio.Future[None]] = []
         self._spanner = Spanner()
@@ -317,6 +320,7 @@ class Writer:
             self._make_room(store, sealer, groups, told)
             self._commit(store, sealer, groups, expired)
             expired = retention.NOTHING
+        self._prune(store, sealer)
         if (acked := self._acked_due(now=last)) is not None or last:
             spans = self._spanner.take(all_of_it=last)
             store.append([], acked=acked, spans=spans, wear=self._wear_due(store, now=last))
@@ -324,6 +328,19 @@ class Writer:
         flushed, self._flushes = self._flushes, []
         if flushed:
             self._tell(None, flushed)
+
+    def _prune(self, store: Store, sealer: Sealer) -> None:
+        """Let go of what a hand wishes away, for a moment in each turn: records wait meanwhile."""
+        until_s = clock.mono_s() + PRUNE_S
+        while self._prunes and clock.mono_s() < until_s:
+            prune = self._prunes[0]
+            doom, batches = self._keeper.pruned(store, self._run_ms() - prune.older_than_ms)
+            if batches:
+                self._commit(store, sealer, [], doom)
+                prune.batches += batches
+                prune.records += sum(last - first + 1 for first, last in doom.ranges)
+            else:
+                self._flushes.append(self._prunes.pop(0).done)
 
     def _take(self) -> None:
         """Empty the inbox into `_waiting`, unless that holds too much already."""
@@ -343,6 +360,7 @@ class Writer:
         self._waiting += self._grouped(records)
         self._readings += taken.readings
         self._flushes += taken.flushes
+        self._prunes += taken.prunes
         for damage in taken.damages:
             if damage.stream != self.stream:
                 continue  # that file has been set aside

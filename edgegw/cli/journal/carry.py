@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgegw.cli.daemon import Ask, converse
 from edgegw.cli.moment import from_option, period, to_option
 from edgegw.cli.options import config_option, json_option, load_config, open_journal, print_json
 from edgegw.errors import EdgegwError
 
 if TYPE_CHECKING:
+    from edgegw.journal.bundle import Manifest
     from edgegw.journal.signature import Signer
 
 
@@ -66,6 +68,7 @@ def export(
             )
     finally:
         reader.close()
+    _tell_gateway(reader.path, made)
     for reason in left_out:
         click.echo(f"left out: {reason}", err=True)
     done = {
@@ -80,6 +83,22 @@ def export(
             f"{file}: {made.batches:,} batches, {made.records:,} records, {made.json_bytes:,} bytes of JSON in "
             f"{done['bytes']:,}{', signed' if signer else ''}, in {time.monotonic() - began_s:.1f} s"
         )
+
+
+def _tell_gateway(journal: Path, made: "Manifest") -> None:
+    """Let a running gateway know what has gone out: it thins that, if it must, apart from what has not."""
+    from edgegw.cli.journal.tend import requests
+
+    def talk(ask: Ask) -> bool:
+        return all(ask({"carried": request}).get("ok") for request in requests(made.stream, made.ranges))
+
+    try:
+        told = converse(journal, "journal export", talk)
+    except EdgegwError as error:
+        click.echo(f"warning: {error}; the gateway does not know what was exported", err=True)
+    else:
+        if told is False:
+            click.echo("warning: the gateway has begun a new stream meanwhile", err=True)
 
 
 @click.command("import")

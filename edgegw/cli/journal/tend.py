@@ -1,4 +1,4 @@
-"""`edgegw journal ack`: what a hand at the gateway may have the journal take note of, with or without the daemon."""
+"""`edgegw journal ack` and `prune`: what a hand may have the journal do, with or without the daemon."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgegw.cli.daemon import Ask, converse, own
+from edgegw.cli.moment import age
 from edgegw.cli.options import config_option, json_option, load_config, open_journal, print_json
 from edgegw.errors import JournalError
 
@@ -45,8 +46,8 @@ def ack(receipt: Path, config_path: Path | None, as_json: bool) -> None:
             raise ReceiptError(f"{receipt}: {error}") from None
         settled = reader.acked()
         released = Ranges()
-        for request in _requests(found.stream, ranges):
-            for first, last in _ask(config_path, "acknowledge", request)["ranges"]:
+        for request in requests(found.stream, ranges):
+            for first, last in _ask(config_path, "journal ack", "acknowledge", request)["ranges"]:
                 released.add(first, last)
         batches = _count(reader, released)
     finally:
@@ -70,7 +71,27 @@ def ack(receipt: Path, config_path: Path | None, as_json: bool) -> None:
         click.echo(f"released {batches:,} batches, {released.total():,} records")
 
 
-def _requests(stream: str, ranges: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+@click.command("prune")
+@click.option(
+    "--older-than", "older_ms", default="0s", show_default=True, callback=age,
+    help="Only what was journaled longer ago than that, the time when the gateway did not run left out.",
+)  # fmt: skip
+@config_option
+@json_option
+def prune(older_ms: int, config_path: Path | None, as_json: bool) -> None:
+    """Delete acknowledged batches now, instead of when they are older than `journal.keep`.
+
+    The newest batch stays, and so does all that is unsent. The file keeps its size: there is room in it.
+    """
+    done = _ask(config_path, "journal prune", "prune", {"older_than_ms": older_ms})
+    if as_json:
+        print_json({"batches": done["batches"], "records": done["records"]})
+    else:
+        click.echo(f"deleted {done['batches']:,} batches, {done['records']:,} records")
+
+
+def requests(stream: str, ranges: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+    """Yield requests for ranges of a stream, each short enough for the daemon's socket."""
     for at in range(0, len(ranges), MOST_RANGES):
         yield {"stream": stream, "ranges": ranges[at : at + MOST_RANGES]}
 
@@ -86,7 +107,7 @@ def _count(reader: "Reader", released: "Ranges") -> int:
     return count
 
 
-def _ask(config_path: Path | None, name: str, request: dict[str, Any]) -> dict[str, Any]:
+def _ask(config_path: Path | None, command: str, name: str, request: dict[str, Any]) -> dict[str, Any]:
     """Have the running gateway do it, or the journal itself where none runs; raise JournalError."""
     from edgegw.config.load import journal_path
     from edgegw.journal import tending
@@ -97,22 +118,26 @@ def _ask(config_path: Path | None, name: str, request: dict[str, Any]) -> dict[s
     def talk(ask: Ask) -> dict[str, Any]:
         return ask({name: request})
 
-    done = converse(file, f"journal {name}", talk)
+    if not file.exists():
+        raise JournalError(f"journal {file}: not there; it is made when the gateway first runs")
+    done = converse(file, command, talk)
     if done is None:
-        done = asyncio.run(_alone(config, file, lambda journal: tending.acknowledge(journal, request)))
+        done = asyncio.run(
+            _alone(config, file, command, lambda journal: tending.requests(journal)[name](request))
+        )
     if not done.get("ok"):
         raise JournalError(f"journal {file}: {done.get('error')}")
     return done
 
 
 async def _alone(
-    config: "Config", file: Path, do: "Callable[[Journal], Awaitable[dict[str, Any]]]"
+    config: "Config", file: Path, command: str, do: "Callable[[Journal], Awaitable[dict[str, Any]]]"
 ) -> dict[str, Any]:
     """Open the journal under its lock, have it done, and close it; raise HeldError if a gateway is starting."""
     from edgegw.journal.journal import Journal
     from edgegw.runtime.lock import held
 
-    own(file, "journal")
+    own(file, command)
     with held(file.with_name(file.name + ".lock"), f"journal {file}"):
         journal = Journal(file, config.gateway.id, config.journal, config.uplink.max_message)
         journal.start()
