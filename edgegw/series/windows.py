@@ -207,7 +207,8 @@ class Windows:
     def _tell(self, running: _Running, results: Iterable[WindowResult]) -> None:
         for result in results:
             self._journal.append(result)
-            if running.last is None or result.ts >= running.last.ts:
+            last_ms = running.last.ts if running.last else 0
+            if result.ts >= last_ms or last_ms > running.window.watermark_ms:  # the clock was set back
                 running.last = result
                 self._show(running, result)
 
