@@ -21,7 +21,7 @@ _COMMANDS = {
     "write": ("edgegw.cli.write", "write one tag by hand, through its guard"),
     "browse": ("edgegw.cli.browse", "list the address space of an OPC UA device"),
     "rules": ("edgegw.cli.rules", "play a recording through the rules and show what they would have done"),
-    "journal": ("edgegw.cli.journal", "figures, last records and integrity of the journal"),
+    "journal": ("edgegw.cli.journal", "the journal: figures, queries, integrity, and files to carry by hand"),
     "size": ("edgegw.cli.size", "work out what an outage takes: bytes, days, drain time, wear"),
     "receive": ("edgegw.cli.receive", "subscribe, keep each record once, report gaps"),
 }
