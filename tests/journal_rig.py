@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from edgegw.config.schema import Journal as JournalConfig
 from edgegw.config.units import Duration, Size
 from edgegw.domain import batch as batches
-from edgegw.domain.batch import Batch, ChainReport, Gap, Link
+from edgegw.domain.batch import Batch, ChainReport, Gap, Kind, Link
 from edgegw.domain.ranges import Ranges
 from edgegw.domain.record import Event, Record, Scan
 from edgegw.journal.inbox import Inbox
@@ -146,7 +146,7 @@ def chain(bodies: Iterable[bytes]) -> ChainReport:
         message = batches.decode(body)
         last = message.seq + message.count - 1
         own = bytes.fromhex(message.last_prev) if message.last_prev else batches.digest(body)
-        links.append(Link(message.seq, last, bytes.fromhex(message.prev), own))
+        links.append(Link(message.seq, last, bytes.fromhex(message.prev), own, message.kind is Kind.SUMMARY))
         gaps += [
             Gap(g["from"], g["to"], bytes.fromhex(g["last_prev"])) for g in gaps_in(body, message.stream)
         ]

@@ -113,6 +113,7 @@ def _measure(config: "Config") -> Measured:
     from edgegw.journal.encode import Sealer, group
     from edgegw.journal.store import Reader, Row, Store, unpack
     from edgegw.journal.timekeeper import present
+    from edgegw.journal.wear import written_bytes
 
     interval_ms, era = int(config.journal.commit_interval), present()
     readings = json_bytes = stored_bytes = 0
@@ -120,7 +121,7 @@ def _measure(config: "Config") -> Measured:
         path = Path(folder) / "size.db"
         store = Store(path, 1 << 30).open(0, check=False)
         sealer = Sealer(config.gateway.id, store.stream, 0, bytes(32))
-        before = _written()
+        before = written_bytes()
         for commit in range(COMMITS):
             scans = [
                 scan
@@ -140,7 +141,7 @@ def _measure(config: "Config") -> Measured:
             json_bytes += sum(batch.size for batch, _ in sealed)
             stored_bytes += sum(len(batch.packed) for batch, _ in sealed)
         store.checkpoint(force=True)
-        written = _written() - before
+        written, fsyncs = written_bytes() - before, store.take_fsyncs()
         reader = Reader(path)
         batches = reader.batches(1, 1 << 62, limit=10_000)
         began = time.perf_counter()
@@ -151,16 +152,8 @@ def _measure(config: "Config") -> Measured:
         store.close()
     return Measured(
         max(1, readings) / COMMITS, json_bytes / COMMITS, stored_bytes / COMMITS, written / COMMITS,
-        1.0, json_bytes / took,
+        fsyncs / COMMITS, json_bytes / took,
     )  # fmt: skip
-
-
-def _written() -> int:
-    """Return the bytes this process has handed to the kernel (proc(5), wchar)."""
-    for line in Path("/proc/self/io").read_text().splitlines():
-        if line.startswith("wchar:"):
-            return int(line.split()[1])
-    return 0
 
 
 def _scans(name: str, device: "Device", commit: int, interval_ms: int) -> "list[Scan]":

@@ -99,12 +99,13 @@ def digest(body: bytes) -> bytes:
 
 
 class Link(NamedTuple):
-    """What the chain needs of a batch."""
+    """What the chain needs of a batch. `digest` is what follows it: a summary's is its `last_prev`."""
 
     first: int
     last: int
     prev: bytes
     digest: bytes
+    summary: bool = False
 
 
 class Gap(NamedTuple):
@@ -132,14 +133,17 @@ def verify(links: Iterable[Link], gaps: Iterable[Gap] = (), first: int = 1) -> C
     """Check one stream's chain.
 
     `links` come in order of their seq. A hole that gap events name is none: the chain goes on from the
-    `last_prev` of the gap that ends just before the next link. `first` is where checking begins; the first
-    link's own `prev` is taken on trust if it begins later than 1. `missing` are holes that nothing names,
-    `breaks` the seqs of links whose `prev` is not what came before.
+    `last_prev` of the gap that ends just before the next link. A summary may stand beside some of the batches whose
+    place it takes, where these had been received. `first` is where checking begins; the first link's own `prev` is
+    taken on trust if it begins later than 1. `missing` are holes that nothing names, `breaks` the seqs of links whose
+    `prev` is not what came before.
     """
     gaps = list(gaps)
-    named = {gap.last: gap for gap in gaps}
+    named = {gap.last: gap.last_prev for gap in gaps}
     covered = Ranges((gap.first, gap.last) for gap in gaps)
-    expected: bytes | None = GENESIS if first == 1 else None
+    ends = {
+        first - 1: (GENESIS if first == 1 else None, False)
+    }  # of links: the hash that follows, summary or not
     following = first
     count = 0
     missing: list[tuple[int, int]] = []
@@ -147,11 +151,14 @@ def verify(links: Iterable[Link], gaps: Iterable[Gap] = (), first: int = 1) -> C
     for link in links:
         if link.first > following:
             missing.extend(covered.gaps(following, link.first - 1))
-            gap = named.get(link.first - 1)
-            expected = gap.last_prev if gap else None
-        if link.first < following or (expected is not None and link.prev != expected):
+        ends = {last: end for last, end in ends.items() if last >= link.first - 1}
+        expected, _ = ends.get(link.first - 1, (named.get(link.first - 1), False))
+        twice = (
+            link.first < following and not link.summary and not any(summary for _, summary in ends.values())
+        )
+        if twice or (expected is not None and link.prev != expected):
             breaks.append(link.first)
-        expected = link.digest
+        ends[link.last] = link.digest, link.summary
         following = max(following, link.last + 1)
         count += 1
     return ChainReport(count, missing, breaks)

@@ -18,13 +18,18 @@ class Ballast:
         self.path = journal.with_name(journal.name + ".ballast")
         self._size = size_bytes
 
+    @property
+    def spare(self) -> bool:
+        """Whether there is plenty of room on the disk besides."""
+        disk = os.statvfs(self.path.parent)
+        return disk.f_bavail * disk.f_frsize >= SPARE * self._size
+
     def hold(self) -> bool:
         """Take room for it if there is plenty; tell whether it is held."""
         try:
             if self.path.exists() and self.path.stat().st_size == self._size:
                 return True
-            disk = os.statvfs(self.path.parent)
-            if disk.f_bavail * disk.f_frsize < SPARE * self._size:
+            if not self.spare:
                 return False
             fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640)
             try:

@@ -285,6 +285,9 @@ class Journal:
             try:
                 found.append((batch, unpack(batch)))
             except JournalDamaged as error:
+                if batch.seq < first:  # it was found so when it was read from its beginning
+                    following = first
+                    continue
                 batch = msgspec.structs.replace(batch, count=1)  # where it ends is the writer's to find out
                 self._inbox.tell(Damage(batch.stream, str(error), batch.seq, batch.seq))
                 found.append((batch, None))

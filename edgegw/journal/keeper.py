@@ -5,12 +5,13 @@ It only reads; the writer carries out what it decides, in one transaction with t
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import msgspec
 
 from edgegw import clock
 from edgegw.config.schema import Journal as JournalConfig
-from edgegw.domain.batch import HEAD_ROOM
+from edgegw.domain.batch import HEAD_ROOM, Message
 from edgegw.domain.batch import decode as decode_batch
 from edgegw.domain.ranges import Ranges
 from edgegw.domain.record import Event
@@ -20,7 +21,7 @@ from edgegw.journal.encode import Sealer
 from edgegw.journal.inbox import Damage
 from edgegw.journal.retention import Doom, Loss, Summary
 from edgegw.journal.settled import Settled
-from edgegw.journal.store import EVENTS, NOT_EVENTS, Store, Stored, of_period, unpack
+from edgegw.journal.store import Store, Stored, of_period, unpack
 from edgegw.journal.thin import COARSER, Source, Thinned, thin, timing
 
 log = logging.getLogger(__name__)
@@ -46,11 +47,13 @@ class Keeper:
         self._settled = settled
         self._limit = max_message - HEAD_ROOM
         self._pruned_at = clock.mono_s()
-        self._no_gain: dict[int, Ranges] = {}
+        self._releases = 0
+        self.begin()
 
     def begin(self) -> None:
         """Start anew with another stream."""
-        self._no_gain = {}
+        self._no_gain: dict[int, int] = {}  # by period: up to which seq thinning has nothing to gain from
+        self._empty = Ranges()  # where there are no rows any more
 
     def expired(self, store: Store, run_ms: int) -> Doom:
         """Choose, now and then, what is settled and old."""
@@ -71,29 +74,42 @@ class Keeper:
                 return retention.dooming(old, settled), len(old)
         return retention.NOTHING, 0
 
-    def room(self, store: Store, sealer: Sealer, upto: int, need_bytes: int) -> Doom:
+    def room(
+        self, store: Store, sealer: Sealer, upto: int, need_bytes: int, *, cramped: bool = False
+    ) -> Doom:
         """Choose what gives back room, some of it at a time: what is settled, what can be thinned, what is oldest.
 
-        Of what comes after seq `upto` the drain has not heard yet: it is not thinned.
+        Of what comes after seq `upto` the drain has not heard yet: it is not thinned. What is thinned gives back less
+        than it seems to where its rows share pages with others: `cramped`, after that has failed, lets go instead.
         """
-        need_bytes = max(need_bytes, self._config.max_size // 100)
+        need_bytes = max(need_bytes, self._config.max_size // (10 if cramped else 100))
         settled = self._settled.copy()
-        kept = [stored for first, last in settled for stored in store.oldest(first, last, 2000)]
-        if kept:
-            return retention.freeing(kept, settled, need_bytes)
-        if self._config.when_full == "drop":
-            return self._drop(store, sealer.head, settled, need_bytes, "true")
-        doom = self._thin(store, sealer, upto)
-        for which in (NOT_EVENTS, EVENTS):
-            if not doom.ranges:
-                doom = self._drop(store, sealer.head, settled, need_bytes, which)
-        return doom
+        doom = retention.freeing(self._settled_rows(store, sealer.head, settled), settled, need_bytes)
+        if not doom.ranges and self._config.when_full == "thin" and not cramped:
+            doom = self._thin(store, sealer, upto)
+        return doom if doom.ranges else self._drop(store, sealer.head, settled, need_bytes)
+
+    def _settled_rows(self, store: Store, head: int, settled: Ranges) -> Iterator[Stored]:
+        for seqs in settled:
+            for first, last in self._empty.gaps(*seqs):
+                rows = store.oldest(first, last, 2000)
+                yield from rows
+                if not rows and last < head:
+                    self._empty.add(first, last)
 
     # -- dropping ----------------------------------------------------------------------------------------
 
-    def _drop(self, store: Store, head: int, settled: Ranges, need_bytes: int, which: str) -> Doom:
-        unsent = [s for first, last in settled.gaps(1, head) for s in store.oldest(first, last, 2000, which)]
-        return self._named_again(store, retention.freeing(unsent, settled, need_bytes))
+    def _drop(self, store: Store, head: int, settled: Ranges, need_bytes: int) -> Doom:
+        """Choose the oldest of what nobody has; naming it must not take more room than it gives back."""
+        wanted = need_bytes
+        while True:
+            unsent = (stored for gap in settled.gaps(1, head) for stored in store.oldest(*gap, 2000))
+            doom = retention.freeing(unsent, settled, wanted)
+            named = self._named_again(store, doom)
+            gained = doom.bytes - EVENT_BYTES * (len(named.lost) + len(named.events))
+            if gained >= need_bytes or doom.bytes < wanted:
+                return named
+            wanted *= 2
 
     def _named_again(self, store: Store, doom: Doom) -> Doom:
         """Add to what is lost what the gap events among it named: nobody upstream has heard of that yet."""
@@ -113,27 +129,32 @@ class Keeper:
                     else:
                         digest = bytes.fromhex(record["last_prev"])
                         lost.append(Loss(record["from"], record["to"], digest, [], record["reason"]))
-        return Doom(doom.ranges, retention.joined(lost), again)
+        return doom._replace(lost=retention.joined(lost), events=again)
 
     # -- thinning ----------------------------------------------------------------------------------------
 
     def _thin(self, store: Store, sealer: Sealer, upto: int) -> Doom:
-        """Choose readings, or summaries, to be replaced by coarser ones."""
+        """Choose readings, or summaries, to be replaced by coarser ones; what gains nothing is not tried again."""
+        if self._releases != self._settled.releases:
+            self._releases = self._settled.releases
+            self._no_gain = {}  # what was on its way then may be thinned now
         for finer in retention.finer_periods(store.bytes_by_period()):
             while oldest := self._thinnable(store, finer, upto):
                 doom = self._thinned(store, sealer, oldest, finer)
                 if doom.ranges and self._settled.claim(doom.ranges):
+                    coarser = COARSER[finer]
+                    self._no_gain[coarser] = min(self._no_gain.get(coarser, 0), doom.ranges[0][0] - 1)
                     return doom
+                if not doom.ranges:
+                    self._no_gain[finer] = oldest[-1].last
+            self._no_gain[finer] = upto
         return retention.NOTHING
 
     def _thinnable(self, store: Store, finer: int, upto: int) -> list[Stored]:
         """Return the oldest batches of a period that thinning may gain something from."""
-        skip = self._settled.out_of_reach()
-        for first, last in self._no_gain.get(finer, ()):
-            skip.add(first, last)
         found: list[Stored] = []
         size = 0
-        for first, last in skip.gaps(1, upto):
+        for first, last in self._settled.out_of_reach().gaps(self._no_gain.get(finer, 0) + 1, upto):
             for stored in store.oldest(first, last, THIN_BATCHES - len(found), of_period(finer)):
                 if size > THIN_BYTES:
                     return found
@@ -144,51 +165,30 @@ class Keeper:
         return found
 
     def _thinned(self, store: Store, sealer: Sealer, oldest: Sequence[Stored], finer: int) -> Doom:
-        """Return what thinning these batches comes to; what gains nothing is not tried again."""
-        no_gain = self._no_gain.setdefault(finer, Ranges())
+        """Return what thinning these batches comes to, as far as it gains something."""
         ranges: list[tuple[int, int]] = []
         summaries: list[Summary] = []
         events: list[Event] = []
         fewer = 0
-        for stretch in retention.stretches(oldest, self._settled.published()):
-            made: list[Summary] = []
-            for sources in self._sources(store, stretch):
-                made += [
-                    _summary(sealer, t, COARSER[finer]) for t in thin(sources, COARSER[finer], self._limit)
-                ]
-            spans = [(run[0].first, run[-1].last) for run in stretch]
+        said = dict(_messages(store, oldest))
+        sound = [stored for stored in oldest if stored.first in said]
+        for stretch in retention.stretches(sound, self._settled.published(), lambda s: timing(said[s.first])):
+            sources = [
+                [Source(*stored[:2], stored.link, said[stored.first]) for stored in run] for run in stretch
+            ]
+            made = [
+                _summary(sealer, one, COARSER[finer]) for one in thin(sources, COARSER[finer], self._limit)
+            ]
             was = sum(stored.bytes + ROW_BYTES for run in stretch for stored in run)
             now = sum(len(summary.batch.packed) + ROW_BYTES for summary in made) + EVENT_BYTES * len(stretch)
-            if now > GAIN * was or Ranges((s.batch.seq, s.batch.last) for s in made) != Ranges(spans):
-                for span in spans:
-                    no_gain.add(*span)
+            if not made or now > GAIN * was:
                 continue
-            ranges += spans
+            ranges += [(run[0].first, run[-1].last) for run in stretch]
             summaries += made
             fewer += sum(map(len, stretch)) - len(made)
             if not finer:
                 events += map(_gone, stretch)
         return Doom(ranges, [], events, summaries, fewer)
-
-    def _sources(self, store: Store, stretch: Sequence[Sequence[Stored]]) -> Iterator[list[list[Source]]]:
-        """Yield the runs' batches, in parts whose times are read alike; nothing at all if one is damaged."""
-        parts: list[list[list[Source]]] = []
-        was: bytes | None = None
-        for run in stretch:
-            begins = True
-            for stored in run:
-                try:
-                    message = decode_batch(unpack(store.batch(stored.first)))
-                except (JournalDamaged, msgspec.DecodeError):
-                    return  # who reads it to send it will say so
-                if (now := timing(message)) != was:
-                    parts.append([])
-                    begins, was = True, now
-                if begins:
-                    parts[-1].append([])
-                    begins = False
-                parts[-1][-1].append(Source(stored.first, stored.last, stored.link, message))
-        yield from parts
 
     # -- damage ------------------------------------------------------------------------------------------
 
@@ -215,6 +215,13 @@ class Keeper:
         for damage in damages if lost else ():
             log.error("journal: %s", damage.detail)
         return Doom(ranges, lost)
+
+
+def _messages(store: Store, oldest: Sequence[Stored]) -> Iterator[tuple[int, Message]]:
+    """Yield what each batch says; one that is damaged is left for whoever reads it to send it."""
+    for stored in oldest:
+        with suppress(JournalDamaged, msgspec.DecodeError):
+            yield stored.first, decode_batch(unpack(store.batch(stored.first)))
 
 
 def _summary(sealer: Sealer, thinned: Thinned, period_s: int) -> Summary:

@@ -1,6 +1,6 @@
 """Decides which batches go, and which of those are a loss. Pure."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from edgegw.domain.batch import Batch
@@ -45,6 +45,8 @@ class Doom(NamedTuple):
     events: Sequence[Event] = ()
     summaries: Sequence[Summary] = ()
     fewer: int = 0
+    bytes: int = 0
+    """What the bodies of those to delete take."""
 
 
 NOTHING = Doom([], [])
@@ -72,7 +74,7 @@ def freeing(oldest: Iterable[Stored], settled: Ranges, need_bytes: int) -> Doom:
             break
         doomed.append(stored)
         freed += stored.bytes
-    return dooming(sorted(doomed), settled)
+    return dooming(sorted(doomed), settled)._replace(bytes=freed)
 
 
 def finer_periods(bytes_by_period: Mapping[int, int]) -> list[int]:
@@ -89,23 +91,25 @@ def finer_periods(bytes_by_period: Mapping[int, int]) -> list[int]:
     return periods
 
 
-def stretches(oldest: Iterable[Stored], published: Ranges) -> list[list[list[Stored]]]:
+def stretches(
+    oldest: Iterable[Stored], published: Ranges, timing: Callable[[Stored], bytes]
+) -> list[list[list[Stored]]]:
     """Return what is to be thinned together: runs of batches that follow on each other, with events between them.
 
     What has gone out and what has not are never in one: whoever has some of it already could make nothing of a
-    summary of all.
+    summary of all. Nor are batches whose times are to be read differently.
     """
     made: list[list[list[Stored]]] = []
-    was_out: bool | None = None
+    was: tuple[bool, bytes] | None = None
     for stored in oldest:
-        out = published.overlaps(stored.first, stored.last)
-        if out != was_out:
+        now = published.overlaps(stored.first, stored.last), timing(stored)
+        if now != was:
             made.append([])
         if made[-1] and made[-1][-1][-1].last + 1 == stored.first:
             made[-1][-1].append(stored)
         else:
             made[-1].append([stored])
-        was_out = out
+        was = now
     return made
 
 

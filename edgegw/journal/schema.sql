@@ -16,7 +16,8 @@ CREATE TABLE batch (
     size INTEGER NOT NULL,       -- of the JSON, bytes
     packed BLOB NOT NULL         -- the JSON as one zstd frame
 ) STRICT;
-CREATE INDEX summary ON batch (period, length(packed)) WHERE period > 0;
+CREATE INDEX summary_bytes ON batch (period, length(packed)) WHERE period > 0;
+CREATE INDEX summary_seq ON batch (period) WHERE period > 0;
 -- The index by time: between which times the records of some neighbouring batches lie. It costs a row in a hundred
 -- batches; what no span covers has to be looked into.
 CREATE TABLE span (

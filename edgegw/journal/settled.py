@@ -18,6 +18,7 @@ class Settled:
         self.pending_batches = 0
         self.dirty = False
         self.generation = 0
+        self.releases = 0
         self._stream = ""
         self._ranges = Ranges()
         self._held = Ranges()
@@ -110,6 +111,7 @@ class Settled:
         with self._lock:
             if batches is None:
                 self._held = Ranges()
+                self.releases += 1
             for batch in batches or ():
                 self._held.remove(batch.seq, batch.last)
 

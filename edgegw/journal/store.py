@@ -256,7 +256,8 @@ class Store:
         with _mapped(self.path, "read"):
             db = self._open
             rows: Any = db.execute(
-                "SELECT period, sum(length(packed)) FROM batch INDEXED BY summary WHERE period > 0 GROUP BY period"
+                "SELECT period, sum(length(packed)) FROM batch INDEXED BY summary_bytes"
+                " WHERE period > 0 GROUP BY period"
             ).fetchall()
             used = (int(db.pragma("page_count")) - int(db.pragma("freelist_count"))) * PAGE
         return {0: used - sum(size for _, size in rows), **dict(rows)}
@@ -274,7 +275,7 @@ class Store:
     def oldest(self, first: int, last: int, limit: int, which: str = "true") -> list[Stored]:
         """Return the oldest batches that begin within `first` to `last`, never the newest of all.
 
-        `which` narrows them down (EVENTS, NOT_EVENTS, or `of_period`). Whatever a row says of its count, a batch ends
+        `which` narrows them down (see `of_period`). Whatever a row says of its count, a batch ends
         before the next begins.
         """
         with _mapped(self.path, "read"):
@@ -308,12 +309,9 @@ class Store:
         return sum(counts)
 
 
-EVENTS, NOT_EVENTS = "kind = 'event'", "kind <> 'event'"
-
-
 def of_period(period_s: int) -> str:
     """Narrow `oldest` down to summaries of a period, or to readings if that is 0."""
-    return f"period = {period_s:d} AND kind <> 'event'"
+    return f"period = {period_s:d} AND period > 0" if period_s else "period = 0 AND kind <> 'event'"
 
 
 class Reader:

@@ -99,7 +99,7 @@ class Writer:
         self._mark = MarkFile(path)
         self._keeper = Keeper(config, settled, max_message)
         self._ballast: Ballast | None = None
-        self._confined = False
+        self._confined = self._cramped = False
         self._ballast_at = -BALLAST_EVERY_S
         self._store: Store | None = None
         self._sealer: Sealer | None = None
@@ -175,6 +175,9 @@ class Writer:
     def _squeezed(self, error: JournalFull) -> None:
         """Give the ballast back, and from now on let go of old batches for new ones instead of growing."""
         self._failed(error)
+        self._cramped = True
+        if self._ballast is not None and self._ballast.spare:
+            return  # it is our own limit
         if not self._confined:
             log.error(
                 "journal: the ballast is given back; until there is room again old batches go for new ones"
@@ -470,10 +473,11 @@ class Writer:
         """
         need = SLACK + sum(_room(made.size) for made in groups if isinstance(made, Group))
         while (short := need - store.free_bytes()) > 0:
-            doom = self._keeper.room(store, sealer, told, short)
+            doom = self._keeper.room(store, sealer, told, short, cramped=self._cramped)
             if not doom.ranges:
                 return  # the newest batch alone is left
             self._commit(store, sealer, [], doom)
+            self._cramped = False
 
     def _run_ms(self) -> int:
         """Return how long the journal has been open, in all its life."""
