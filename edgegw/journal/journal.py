@@ -285,9 +285,6 @@ class Journal:
             try:
                 found.append((batch, unpack(batch)))
             except JournalDamaged as error:
-                if batch.seq < first:  # it was found so when it was read from its beginning
-                    following = first
-                    continue
                 batch = msgspec.structs.replace(batch, count=1)  # where it ends is the writer's to find out
                 self._inbox.tell(Damage(batch.stream, str(error), batch.seq, batch.seq))
                 found.append((batch, None))
@@ -314,10 +311,13 @@ class Journal:
         return [(batch.seq, batch.last) for batch in found]
 
     def _over(self, stream: str, seq: int) -> int:
-        """Return where the batch that holds `seq` begins, `seq` itself if none does."""
+        """Return where the batch that holds `seq` begins, `seq` itself if none does, or none that is sound."""
         reader = self._open_reader()
         before = reader.before(seq, limit=1) if reader.stream == stream else []
-        return before[0].seq if before and before[0].last >= seq else seq
+        with suppress(JournalDamaged):
+            if before and before[0].last >= seq and unpack(before[0]):
+                return before[0].seq
+        return seq
 
     def _doubt(self, stream: str, settled: Ranges, first: int, last: int) -> None:
         """Tell the writer of a hole, unless what stood there was settled; it may know better meanwhile."""
