@@ -80,7 +80,8 @@ class Gateway:
 
         self._journal.listen(self._committed)
         self._journal.start()
-        self._record(Event(self._started_ms, "start", {"version": __version__}))
+        began = {"version": __version__, **self._journal.era.wire()}
+        self._record(Event(self._started_ms, "start", began))
         self._services.start("uplink", self._uplink.run)
         self._services.start("control", self._control.run)
         self._services.start("hand", self._hand.run)
