@@ -254,7 +254,11 @@ class Journal:
         if self._reader is not None and self._reader.stream != self.stream:
             self._close_reader()
         if self._reader is None:
-            self._reader = Reader(self.path)
+            try:
+                self._reader = Reader(self.path)
+            except JournalDamaged as error:
+                self._inbox.tell(Damage(self.stream, str(error)))
+                raise
         return self._reader
 
     def _close_reader(self) -> None:

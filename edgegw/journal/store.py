@@ -24,10 +24,11 @@ from edgegw.journal.wear import Wear
 
 APPLICATION_ID = 0x65646777  # "edgw"
 VERSION = 2
-PAGE = 4096
+PAGE = 1024
+"""A commit at rest writes two pages: small ones, in a WAL that does not change its length, cost the card a third."""
 OPEN_WAIT_MS = 5_000
 FRAME = PAGE + 24
-SLACK = 16 * PAGE
+SLACK = 64 * 1024
 """What is kept free for the events that name what went, and for what is settled."""
 CHECKPOINT_FSYNCS = 2
 LONGEST_PERIOD_MS = 900_000
@@ -233,8 +234,9 @@ class Store:
         """Move the WAL into the database once it has grown to a quarter of its share; tell whether it did."""
         if not force and self._wal_pages * FRAME < self.wal_bytes // 4:
             return False
-        mode = apsw.SQLITE_CHECKPOINT_RESTART if self._confined else apsw.SQLITE_CHECKPOINT_TRUNCATE
         with _mapped(self.path, "checkpoint"):
+            large = not self._confined and _wal(self.path).stat().st_size > self.wal_bytes // 2
+            mode = apsw.SQLITE_CHECKPOINT_TRUNCATE if large else apsw.SQLITE_CHECKPOINT_RESTART
             try:
                 self._open.wal_checkpoint(mode=mode)
             except apsw.BusyError:

@@ -12,6 +12,7 @@ from edgegw.cli.options import config_option, json_option, open_journal, print_j
 from edgegw.domain import batch as batches
 from edgegw.domain.batch import Gap, Kind, Link
 from edgegw.errors import JournalDamaged
+from edgegw.journal.wear import Wear
 
 
 @click.command("stat")
@@ -35,12 +36,30 @@ def stat(config_path: Path | None, as_json: bool) -> None:
         **figures._asdict(),
         "bytes": size_bytes(reader.path),
         "max_size": int(config.journal.max_size),
+        "wear": _wear(reader.wear()),
     }
     if as_json:
         print_json(shown)
         return
-    for name, value in shown.items():
-        click.echo(f"{name:<18} {value:,}" if isinstance(value, int) else f"{name:<18} {value}")
+    for name, value in (shown | shown.pop("wear")).items():
+        numeric = isinstance(value, int | float)
+        click.echo(f"{name:<24} {value:,}" if numeric else f"{name:<24} {value}")
+
+
+def _wear(wear: Wear) -> dict[str, float]:
+    """Return what keeping the readings has cost the card, as of the last minute in which something was written."""
+    days = wear.run_ms / 86_400_000
+    readings = max(1, wear.readings)
+    return {
+        "open_s": wear.run_ms // 1000,
+        "readings": wear.readings,
+        "written_bytes": wear.written_bytes,
+        "fsyncs": wear.fsyncs,
+        "written_bytes_per_reading": round(wear.written_bytes / readings, 2),
+        "readings_per_fsync": round(wear.readings / max(1, wear.fsyncs), 1),
+        "written_bytes_per_day": round(wear.written_bytes / days) if days else 0,
+        "fsyncs_per_day": round(wear.fsyncs / days) if days else 0,
+    }
 
 
 @click.command("tail")
