@@ -263,6 +263,11 @@ def test_journal_stat_counts(journaled: tuple[Path, Hand]) -> None:
     code, out, _ = run("journal", "stat", "--json", "-c", path)
     found = json.loads(out)
     assert code == 0
+    wear = found.pop("wear")
+    assert wear["readings"] == 20 * 20 + 1
+    assert wear["fsyncs"] > 20
+    assert wear["written_bytes_per_reading"] == pytest.approx(wear["written_bytes"] / 401, abs=0.01)
+    assert wear["written_bytes"] > found["stored_bytes"]
     assert found == {
         "path": str(hand.path), "gateway": "site-7", "stream": hand.writer.stream, "head": 22, "acked": 5,
         "pending_records": 17, "batches": 22, "records": 22, "pending_batches": 17,
