@@ -94,6 +94,14 @@ class Hand:
         self.writer.turn()
         return self.told[before:]
 
+    def thin(self) -> bool:
+        """Thin the oldest that can be, as if there were no more room; tell whether there was any."""
+        store, sealer = self.writer._ready()
+        doom = self.writer._keeper._thin(store, sealer, sealer.head)
+        if doom.ranges:
+            self.writer._commit(store, sealer, [], doom)
+        return bool(doom.ranges)
+
     def acknowledge(self, told: Iterable[Told]) -> None:
         """Acknowledge batches."""
         for one in told:

@@ -23,7 +23,7 @@ from edgegw.errors import JournalDamaged, JournalError, JournalFull
 from edgegw.journal.wear import Wear
 
 APPLICATION_ID = 0x65646777  # "edgw"
-VERSION = 2
+VERSION = 3
 PAGE = 1024
 """A commit at rest writes two pages: small ones, in a WAL that does not change its length, cost the card a third."""
 OPEN_WAIT_MS = 5_000
@@ -31,8 +31,6 @@ FRAME = PAGE + 24
 SLACK = 64 * 1024
 """What is kept free for the events that name what went, and for what is settled."""
 CHECKPOINT_FSYNCS = 2
-LONGEST_PERIOD_MS = 900_000
-"""How far before the records that it stands for a summary's time may lie."""
 CHECKPOINT_WAIT_MS = 100
 """How long the writer waits for readers to go: not long, for the records that come in meanwhile wait, too."""
 
@@ -212,14 +210,15 @@ class Store:
     ) -> None:  # fmt: skip
         """Delete the batches within each of `doomed`, add `rows`, write down what is settled, all or nothing.
 
-        It is durable when this returns.
+        Each of `spans` takes the place of what others cover of it. It is durable when this returns.
         """
         with _mapped(self.path, "commit"):
             db = self._open
             with _transaction(db):
                 db.executemany("DELETE FROM batch WHERE seq BETWEEN ? AND ?", doomed)
                 db.executemany("INSERT INTO batch VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
-                db.executemany("INSERT OR REPLACE INTO span VALUES (?, ?, ?, ?)", spans)
+                for span in spans:
+                    _put_span(db, span)
                 if acked is not None:
                     db.execute("DELETE FROM acked")
                     rows_acked = ((first, last, _sum(first, last)) for first, last in acked)
@@ -227,7 +226,7 @@ class Store:
                     db.execute("DELETE FROM span WHERE last < (SELECT min(seq) FROM batch)")
                 if wear is not None:
                     db.execute("DELETE FROM wear")
-                    db.execute("INSERT INTO wear VALUES (?, ?, ?, ?)", wear)
+                    db.execute("INSERT INTO wear VALUES (?, ?, ?, ?, ?)", (*wear, _sum(*wear)))
             self._fsyncs += 1
 
     def checkpoint(self, *, force: bool = False) -> bool:
@@ -267,7 +266,8 @@ class Store:
     def latest_run_ms(self) -> int:
         """Return how long the journal had been open, in all, when its newest batch was written."""
         with _mapped(self.path, "read"):
-            return int(self._open.execute("SELECT run_ms FROM batch ORDER BY seq DESC LIMIT 1").get or 0)
+            latest = "SELECT CAST(run_ms AS INTEGER) FROM batch ORDER BY seq DESC LIMIT 1"
+            return int(self._open.execute(latest).get or 0)
 
     def wear(self) -> Wear:
         """Return what had been written in the journal's life when that was last noted."""
@@ -369,15 +369,14 @@ class Reader:
     def spans_between(self, from_ms: int, to_ms: int) -> list[tuple[int, int]]:
         """Return the ranges of seqs whose batches may hold records of this time, both ends included, in order."""
         with _mapped(self.path, "read"):
-            spans: Any = self._db.execute("SELECT seq, last, first_ts, last_ts FROM span").fetchall()
+            spans = _spans(self._db, "true", ())
             ends: Any = self._db.execute("SELECT min(seq), max(seq) FROM batch").fetchone()
         if ends[0] is None:
             return []
-        indexed = Ranges((first, last) for first, last, _, _ in spans)
-        found = Ranges(indexed.gaps(*ends))
-        for first, last, first_ts, last_ts in spans:
-            if first_ts <= to_ms + LONGEST_PERIOD_MS and last_ts >= from_ms:
-                found.add(first, last)
+        found = Ranges(Ranges((span.first, span.last) for span in spans).gaps(*ends))
+        for span in spans:
+            if span.first_ts <= to_ms and span.last_ts >= from_ms:
+                found.add(span.first, span.last)
         return list(found)
 
     def wear(self) -> Wear:
@@ -466,13 +465,38 @@ def _acked(db: apsw.Connection) -> Ranges:
     return Ranges((first, last) for first, last, found in rows if found == _sum(first, last))
 
 
+def _put_span(db: apsw.Connection, span: Span) -> None:
+    """Write a span down; of others that it overlaps there stays what lies beside it."""
+    begins = "(SELECT coalesce(max(seq), 0) FROM span WHERE seq <= ?)"
+    others = _spans(db, f"seq BETWEEN {begins} AND ? AND last >= ?", (span.first, span.last, span.first))
+    beside = [other._replace(last=span.first - 1) for other in others if other.first < span.first]
+    beside += [other._replace(first=span.last + 1) for other in others if other.last > span.last]
+    db.execute("DELETE FROM span WHERE seq BETWEEN ? AND ?", (span.first, span.last))
+    rows = ((*one, _sum(*one)) for one in (*beside, span))
+    db.executemany("INSERT OR REPLACE INTO span VALUES (?, ?, ?, ?, ?)", rows)
+
+
+def _spans(db: apsw.Connection, where: str, values: tuple[int, ...]) -> list[Span]:
+    """Return spans, in order; one that is not as it was written is left out, which costs a search."""
+    rows: Any = db.execute(
+        "SELECT seq, CAST(last AS INTEGER), CAST(first_ts AS INTEGER), CAST(last_ts AS INTEGER),"
+        f" CAST(sum AS INTEGER) FROM span WHERE {where} ORDER BY seq",
+        values,
+    ).fetchall()
+    return [Span(*row) for *row, found in rows if found == _sum(*row)]
+
+
 def _wear(db: apsw.Connection) -> Wear:
-    row: Any = db.execute("SELECT run_ms, readings, written_bytes, fsyncs FROM wear").fetchone()
-    return Wear(*row) if row else Wear()
+    """Return what was written down; if that is not as it was written, counting begins anew."""
+    row: Any = db.execute(
+        "SELECT CAST(run_ms AS INTEGER), CAST(readings AS INTEGER), CAST(written_bytes AS INTEGER),"
+        " CAST(fsyncs AS INTEGER), CAST(sum AS INTEGER) FROM wear"
+    ).fetchone()
+    return Wear(*row[:-1]) if row and row[-1] == _sum(*row[:-1]) else Wear()
 
 
-def _sum(first: int, last: int) -> int:
-    return zlib.crc32(b"%d-%d" % (first, last or 0))
+def _sum(*numbers: int) -> int:
+    return zlib.crc32(repr(numbers).encode())
 
 
 class Figures(NamedTuple):

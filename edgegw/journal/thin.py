@@ -37,6 +37,10 @@ class _Record(msgspec.Struct, frozen=True, gc=False):
     quality: dict[str, str] | None = None
 
 
+class _Time(msgspec.Struct, frozen=True, gc=False):
+    ts: int
+
+
 class SummaryRecord(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """One period of one device, which begins at `ts`; `quality` is the last that was not good."""
 
@@ -56,7 +60,8 @@ class Source(NamedTuple):
 
 
 class Thinned(NamedTuple):
-    """A summary to be: which seqs it covers, the hashes on either side, and its encoded records."""
+    """A summary to be: which seqs it covers, the hashes on either side, its encoded records and the time that these
+    stand for, both ends included."""
 
     first: int
     last: int
@@ -68,6 +73,7 @@ class Thinned(NamedTuple):
     records: list[bytes]
 
 
+_times = msgspec.json.Decoder(list[_Time])
 _readings = msgspec.json.Decoder(list[_Record])
 _summaries = msgspec.json.Decoder(list[SummaryRecord])
 _encode = msgspec.json.Encoder().encode
@@ -87,16 +93,24 @@ def thin(runs: Sequence[Sequence[Source]], period_s: int, limit: int) -> list[Th
         return []
     chunks += [[]] * (len(places) - len(chunks))
     thinned = []
+    first_ts = last_ts = _begins(runs[0][0].message)
     for place, chunk in zip(places, chunks, strict=True):
         begin, end = place[0], place[-1]
-        times = [ts for ts, _ in chunk] or [0]
+        if chunk:  # an empty one stands where the one before it ends
+            first_ts, last_ts = chunk[0][0], chunk[-1][0] + 1000 * period_s - 1
         thinned.append(
             Thinned(
-                begin.first, end.last, begin.message.prev, end.link, timing(begin.message), min(times), max(times),
+                begin.first, end.last, begin.message.prev, end.link, timing(begin.message), first_ts, last_ts,
                 [part for _, part in chunk],
             )
         )  # fmt: skip
     return thinned
+
+
+def _begins(message: Message) -> int:
+    """Return the time of the first record, 0 if there is none."""
+    records = _times.decode(message.records)
+    return records[0].ts if records else 0
 
 
 def _places(runs: Sequence[Sequence[Source]], wanted: int) -> list[Sequence[Source]]:

@@ -399,10 +399,10 @@ class Writer:
             self._spanner.add(
                 Span(made.batch.seq, made.batch.last, made.first_ts, made.last_ts), len(made.batch.packed)
             )
+        spans = self._spanner.take(all_of_it=bool(doom.summaries))
+        spans += [Span(new.batch.seq, new.batch.last, new.first_ts, new.last_ts) for new in doom.summaries]
         self._unsure = unsure = _Unsure(sealed, gaps, doom.fewer, self._waiting[len(groups) :])
-        store.append(
-            rows, doomed=doom.ranges, acked=acked, spans=self._spanner.take(), wear=self._wear_due(store)
-        )
+        store.append(rows, doomed=doom.ranges, acked=acked, spans=spans, wear=self._wear_due(store))
         self._unsure = None
         self._durable(unsure)
         self._checkpoint(store)
