@@ -84,6 +84,7 @@ class Hand:
         if committed is not None:
             pairs = zip(committed.batches, committed.bodies, strict=True)
             self.told += [Told(committed.stream, batch, body) for batch, body in pairs]
+            self.settled.hear(committed.batches[-1])
         self.flushed += flushed
 
     def turn(self, *records: Record) -> list[Told]:
@@ -97,7 +98,7 @@ class Hand:
     def thin(self) -> bool:
         """Thin the oldest that can be, as if there were no more room; tell whether there was any."""
         store, sealer = self.writer._ready()
-        doom = self.writer._keeper._thin(store, sealer, sealer.head)
+        doom = self.writer._keeper._thin(store, sealer)
         if doom.ranges:
             self.writer._commit(store, sealer, [], doom)
         return bool(doom.ranges)

@@ -245,6 +245,7 @@ class Journal:
     def _told(self, committed: Committed | None, flushed: list[asyncio.Future[None]]) -> None:
         if committed is not None:
             self._listener(committed)
+            self._settled.hear(committed.batches[-1])
         for done in flushed:
             if not done.done():
                 done.set_result(None)

@@ -74,19 +74,17 @@ class Keeper:
                 return retention.dooming(old, settled), len(old)
         return retention.NOTHING, 0
 
-    def room(
-        self, store: Store, sealer: Sealer, upto: int, need_bytes: int, *, cramped: bool = False
-    ) -> Doom:
+    def room(self, store: Store, sealer: Sealer, need_bytes: int, *, cramped: bool = False) -> Doom:
         """Choose what gives back room, some of it at a time: what is settled, what can be thinned, what is oldest.
 
-        Of what comes after seq `upto` the drain has not heard yet: it is not thinned. What is thinned gives back less
-        than it seems to where its rows share pages with others: `cramped`, after that has failed, lets go instead.
+        What is thinned gives back less than it seems to where its rows share pages with others: `cramped`, after that
+        has failed, lets go instead.
         """
         need_bytes = max(need_bytes, self._config.max_size // (10 if cramped else 100))
         settled = self._settled.copy()
         doom = retention.freeing(self._settled_rows(store, sealer.head, settled), settled, need_bytes)
         if not doom.ranges and self._config.when_full == "thin" and not cramped:
-            doom = self._thin(store, sealer, upto)
+            doom = self._thin(store, sealer)
         return doom if doom.ranges else self._drop(store, sealer.head, settled, need_bytes)
 
     def _settled_rows(self, store: Store, head: int, settled: Ranges) -> Iterator[Stored]:
@@ -133,11 +131,12 @@ class Keeper:
 
     # -- thinning ----------------------------------------------------------------------------------------
 
-    def _thin(self, store: Store, sealer: Sealer, upto: int) -> Doom:
+    def _thin(self, store: Store, sealer: Sealer) -> Doom:
         """Choose readings, or summaries, to be replaced by coarser ones; what gains nothing is not tried again."""
         if self._releases != self._settled.releases:
             self._releases = self._settled.releases
             self._no_gain = {}  # what was on its way then may be thinned now
+        upto = self._settled.heard
         for finer in retention.finer_periods(store.bytes_by_period()):
             while oldest := self._thinnable(store, finer, upto):
                 doom = self._thinned(store, sealer, oldest, finer)

@@ -11,7 +11,7 @@ class Settled:
     """The set of seqs that are acknowledged or named in a gap, and the count of batches outside it.
 
     What the drain holds in its hands is not thinned meanwhile, and what is being thinned it does not take: otherwise
-    a batch and its summary would both be sent.
+    a batch and its summary would both be sent. Nor is what it has not `heard` of yet: it takes that as it was made.
     """
 
     def __init__(self) -> None:
@@ -19,6 +19,7 @@ class Settled:
         self.dirty = False
         self.generation = 0
         self.releases = 0
+        self.heard = 0
         self._stream = ""
         self._ranges = Ranges()
         self._held = Ranges()
@@ -61,10 +62,11 @@ class Settled:
         with self._lock:
             self.pending_batches += batches
 
-    def begin(self, stream: str, ranges: Ranges) -> None:
+    def begin(self, stream: str, ranges: Ranges, head: int) -> None:
         """Start from what a journal says of itself."""
         with self._lock:
             self._stream = stream
+            self.heard = head
             self._ranges = ranges
             self._held, self._published, self._claimed = Ranges(), Ranges(), Ranges()
             self.generation += 1
@@ -93,6 +95,12 @@ class Settled:
 
     def _outdated(self, batches: Sequence[tuple[int, int]], generation: int) -> bool:
         return generation != self.generation or any(self._claimed.overlaps(*batch) for batch in batches)
+
+    def hear(self, batch: Batch) -> None:
+        """Note that the listener has heard of all up to this batch."""
+        with self._lock:
+            if batch.stream == self._stream:
+                self.heard = batch.last
 
     def publish(self, batch: Batch) -> None:
         """Note that a batch has gone out: the upstream may have it."""

@@ -131,6 +131,7 @@ class Writer:
 
     def open(self) -> None:
         """Open the file; if it cannot be opened now, each turn tries again."""
+        self._meter.take()  # counts from here on, in this thread
         self._guarded(self._ready)
 
     def turn(self, *, last: bool = False) -> None:
@@ -264,7 +265,7 @@ class Writer:
             self._begin_stream(store)
             settled = store.acked()
             settled.remove(tip.head + 1, 1 << 62)
-            self._settled.begin(store.stream, settled)
+            self._settled.begin(store.stream, settled, tip.head)
         if self._confined:
             store.confine()
         self._ballast = Ballast(self._path, store.ballast_bytes)
@@ -312,7 +313,6 @@ class Writer:
     def _turn(self, last: bool) -> None:
         store, sealer = self._ready()
         self._hold_ballast(store)
-        told = sealer.head
         self._take()
         if self._damages:
             self._commit(store, sealer, [], self._keeper.condemned(store, sealer, self._damages))
@@ -320,7 +320,7 @@ class Writer:
         expired = self._keeper.expired(store, self._run_ms())
         while self._waiting or expired.ranges or not sealer.head:
             groups = self._next_groups(store)
-            self._make_room(store, sealer, groups, told)
+            self._make_room(store, sealer, groups)
             self._commit(store, sealer, groups, expired)
             expired = retention.NOTHING
         self._prune(store, sealer)
@@ -465,7 +465,7 @@ class Writer:
 
     # -- what goes ---------------------------------------------------------------------------------------
 
-    def _make_room(self, store: Store, sealer: Sealer, groups: Sequence[Group | Lost], told: int) -> None:
+    def _make_room(self, store: Store, sealer: Sealer, groups: Sequence[Group | Lost]) -> None:
         """Let go of as much as it takes for these groups to fit below the limit.
 
         It goes in transactions of its own, because what deleting gives back is known only afterwards: pages are
@@ -473,7 +473,7 @@ class Writer:
         """
         need = SLACK + sum(_room(made.size) for made in groups if isinstance(made, Group))
         while (short := need - store.free_bytes()) > 0:
-            doom = self._keeper.room(store, sealer, told, short, cramped=self._cramped)
+            doom = self._keeper.room(store, sealer, short, cramped=self._cramped)
             if not doom.ranges:
                 return  # the newest batch alone is left
             self._commit(store, sealer, [], doom)
