@@ -3,9 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgegw.domain.batch import Kind
 from edgegw.receiver.announce import EVERY_S, SETTLE_S, HoleWatch, Throttle, spell
-from edgegw.receiver.dedupe import Kept, NamedGap, Stream, Verdict
+from edgegw.receiver.dedupe import NamedGap, Outline, Stream, Verdict
 
 
 class Shelf:
@@ -13,17 +12,16 @@ class Shelf:
 
     def __init__(self) -> None:
         self.stream = Stream()
-        self.kept: list[Kept] = []
+        self.kept: list[Outline] = []
 
-    def offer(self, seq: int, count: int, kind: Kind = Kind.DATA, digest: bytes = b"") -> Verdict:
-        last = seq + count - 1
+    def offer(self, seq: int, count: int, period_s: int = 0, digest: bytes = b"") -> Verdict:
+        new = Outline(seq, count, period_s, digest)
         verdict = self.stream.judge(
-            seq, count, kind, digest,
-            lambda: [batch for batch in self.kept if batch.seq <= last and batch.seq + batch.count > seq],
-        )  # fmt: skip
-        if verdict is Verdict.NEW:
+            new, lambda: [batch for batch in self.kept if batch.seq <= new.last and batch.last >= seq]
+        )
+        if verdict in (Verdict.NEW, Verdict.BESIDE):
             self.stream.keep(seq, count)
-            self.kept.append(Kept(seq, count, kind, digest))
+            self.kept.append(new)
         return verdict
 
 
@@ -55,30 +53,36 @@ def test_p2_in_whatever_order_batches_come_each_is_new_once(
 def test_other_bounds_are_a_conflict() -> None:
     shelf = Shelf()
     assert shelf.offer(5, 5) is Verdict.NEW
-    assert shelf.offer(5, 4) is Verdict.DUPLICATE  # same digest: the digest covers the count
     for seq, count in ((5, 4), (6, 2), (4, 2), (9, 2), (1, 20)):
         assert shelf.offer(seq, count, digest=b"other") is Verdict.CONFLICT
     assert shelf.offer(10, 1) is Verdict.NEW
     assert shelf.offer(1, 4) is Verdict.NEW
 
 
-def test_a_summary_and_the_batches_it_stands_for_are_no_conflict() -> None:
+def test_a_summary_beside_the_batches_it_stands_for_is_no_conflict() -> None:
     shelf = Shelf()
     for seq in (1, 3):
         assert shelf.offer(seq, 2, digest=b"%d" % seq) is Verdict.NEW
-    assert shelf.offer(1, 4, Kind.SUMMARY, b"s") is Verdict.DUPLICATE
-    assert shelf.offer(5, 4, Kind.SUMMARY, b"t") is Verdict.NEW
-    assert shelf.offer(5, 2, digest=b"5") is Verdict.DUPLICATE
-    assert shelf.offer(5, 4, Kind.SUMMARY, b"u") is Verdict.CONFLICT
-    assert shelf.offer(8, 3, digest=b"8") is Verdict.CONFLICT
-    assert shelf.offer(4, 2, Kind.SUMMARY, b"v") is Verdict.CONFLICT
+    assert shelf.offer(1, 4, 60, b"s") is Verdict.DUPLICATE, "finer ones tell of all of it"
+    assert shelf.offer(3, 6, 60, b"t") is Verdict.BESIDE, "finer ones tell of a part of it"
+    assert shelf.stream.missing() == []
+    assert shelf.offer(3, 6, 60, b"t") is Verdict.DUPLICATE
+    assert shelf.offer(5, 2, digest=b"5") is Verdict.BESIDE, "it tells more"
+    assert shelf.offer(1, 8, 900, b"u") is Verdict.DUPLICATE
+    assert shelf.offer(1, 12, 900, b"u") is Verdict.BESIDE
+    assert shelf.offer(9, 4, 60, b"v") is Verdict.BESIDE
+    assert shelf.offer(9, 4, 900, b"v") is Verdict.CONFLICT, "a quarter within another"
+    for seq, count, period_s in ((8, 3, 0), (4, 2, 60), (3, 6, 60), (8, 9, 900), (6, 2, 0)):
+        assert shelf.offer(seq, count, period_s, b"other") is Verdict.CONFLICT
 
 
 def test_what_the_sink_has_forgotten_is_taken_for_a_duplicate() -> None:
     stream = Stream()
     stream.keep(1, 10)
-    assert stream.judge(3, 2, Kind.DATA, b"", list) is Verdict.DUPLICATE
-    assert stream.judge(9, 4, Kind.DATA, b"", list) is Verdict.CONFLICT
+    assert stream.judge(Outline(3, 2, 0, b""), list) is Verdict.DUPLICATE
+    assert stream.judge(Outline(9, 4, 0, b""), list) is Verdict.CONFLICT
+    assert stream.judge(Outline(3, 2, 60, b""), list) is Verdict.DUPLICATE
+    assert stream.judge(Outline(9, 4, 60, b""), list) is Verdict.BESIDE
 
 
 def test_named_gaps_are_not_missing() -> None:
@@ -93,6 +97,8 @@ def test_named_gaps_are_not_missing() -> None:
     assert stream.missing() == []
     assert stream.name(NamedGap(30, 31, "full", None))
     assert stream.missing() == [(26, 29)]
+    assert stream.name(NamedGap(26, 29, "full", None, thinned=True))
+    assert stream.missing() == [(26, 29)], "the summary is still to come"
 
 
 def test_repeated_trouble_is_said_a_few_times_then_counted() -> None:

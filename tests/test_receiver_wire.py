@@ -59,6 +59,7 @@ MALFORMED = {
     "an event without a name": changed(kind="event", records=[{"ts": 1}], count=1),
     "an event that is none": changed(kind="event", records=[1], count=1),
     "a summary without last_prev": changed(kind="summary", records=[]),
+    "a summary of no period": changed(kind="summary", records=[], last_prev=GENESIS.hex(), period=0),
     "no zstd frame": wire.ZSTD_MAGIC + b"xx",
     "a zstd frame cut short": zstandard.compress(GOOD)[:-10],
     "a zstd frame of something else": zstandard.compress(b"xx"),
@@ -99,7 +100,7 @@ def test_a_batch_keeps_the_bytes_that_came() -> None:
     assert (batch.key, batch.seq, batch.count, batch.last, batch.kind) == (KEY, 1, 2, 2, Kind.DATA)
     assert batch.body == GOOD
     assert batch.digest == digest(GOOD)
-    assert batch.link == (1, 2, GENESIS, digest(GOOD))
+    assert batch.link == (1, 2, GENESIS, digest(GOOD), False)
     assert batch.readings == 6
 
 
@@ -117,6 +118,7 @@ def gap(**keys: object) -> bytes:
 def test_a_gap_event_names_what_is_gone() -> None:
     assert read_gap(KEY, gap()) == (KEY, NamedGap(3, 9, "full", None))
     assert read_gap(KEY, gap(last_prev=GENESIS.hex())) == (KEY, NamedGap(3, 9, "full", GENESIS))
+    assert read_gap(KEY, gap(summary=True)) == (KEY, NamedGap(3, 9, "full", None, thinned=True))
     assert read_gap(KEY, gap(stream="other")) == (Key("site-7", "other"), NamedGap(3, 9, "full", None))
 
 

@@ -23,6 +23,17 @@ class Correction(NamedTuple):
     delta_ms: int
 
 
+class Place(NamedTuple):
+    """Where a batch stands among those of a gateway; `layer` tells apart those that begin with the same seq."""
+
+    stream: str
+    seq: int
+    layer: int
+
+
+START = Place("", 0, 0)
+
+
 @runtime_checkable
 class Correctable(Protocol):
     """What a sink can beside the rest for its times to be corrected; every method raises SinkError."""
@@ -35,11 +46,11 @@ class Correctable(Protocol):
         """Yield the gateway and the JSON of each event that may name an era."""
         ...
 
-    def unsynced(self, gateway: str, stream: str, seq: int, limit: int) -> Sequence[tuple[str, int, bytes]]:
-        """Return stream, seq and body of the next unsynchronised batches behind one, in that order."""
+    def unsynced(self, gateway: str, after: Place, limit: int) -> Sequence[tuple[Place, bytes]]:
+        """Return the next unsynchronised batches behind a place, in their order."""
         ...
 
-    def correction(self, key: Key, seq: int) -> Correction | None:
+    def correction(self, batch: Batch) -> Correction | None:
         """Return what was done to a batch, None if nothing was."""
         ...
 
@@ -91,9 +102,9 @@ class Corrector:
         self._changed.clear()
 
     def _settle(self, gateway: str) -> None:
-        stream, seq = "", 0
-        while rows := self._sink.unsynced(gateway, stream, seq, PAGE):
-            for stream, seq, body in rows:  # noqa: B007  the next page begins behind the last ones
+        place = START
+        while rows := self._sink.unsynced(gateway, place, PAGE):
+            for place, body in rows:  # noqa: B007  the next page begins behind the last one
                 self._look(read(body))
             self._sink.commit()
 
@@ -105,7 +116,7 @@ class Corrector:
             return
         corrected, count = moved(batch, era, move)
         correction = Correction(count, move.delta_ms if count else 0)
-        if correction == (self._sink.correction(batch.key, batch.seq) or Correction(0, 0)):
+        if correction == (self._sink.correction(batch) or Correction(0, 0)):
             return
         self._sink.correct(corrected, correction)
         self._batches[batch.key, correction.delta_ms] += 1

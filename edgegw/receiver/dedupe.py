@@ -1,4 +1,4 @@
-"""What a stream's batches amount to: new, kept already, or in conflict; and which seqs nobody has named."""
+"""What a stream's batches amount to: new, kept already, or in conflict; and which seqs nobody has named. Pure."""
 
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from edgegw.domain.batch import Gap, Kind
+from edgegw.domain.batch import Gap
 from edgegw.domain.ranges import Ranges
 
 
@@ -20,22 +20,36 @@ class Key(NamedTuple):
         return f"{self.gateway} {self.stream}"
 
 
-class Kept(msgspec.Struct, frozen=True):
-    """A batch that is kept already, as far as a comparison needs it."""
+class Outline(msgspec.Struct, frozen=True):
+    """A batch as far as a comparison needs it; `period_s` is that of a summary, 0 of what was recorded itself."""
 
     seq: int
     count: int
-    kind: Kind
+    period_s: int
     digest: bytes
+
+    @property
+    def last(self) -> int:
+        """The number of the last record."""
+        return self.seq + self.count - 1
+
+    def agrees(self, other: "Outline") -> bool:
+        """Tell whether both can be right, overlapping as they do: the coarser one holds the place of the finer one."""
+        fine, coarse = sorted((self, other), key=lambda one: one.period_s)
+        return fine.period_s < coarse.period_s and coarse.seq <= fine.seq and fine.last <= coarse.last
 
 
 class NamedGap(NamedTuple):
-    """Records that a gap event declares gone for good; `last_prev` is None where the event has none."""
+    """Records that a gap event declares gone for good; `last_prev` is None where the event has none.
+
+    Of what was `thinned` a summary is still to come.
+    """
 
     first: int
     last: int
     reason: str
     last_prev: bytes | None
+    thinned: bool = False
 
     def link(self) -> Gap:
         """Return what the chain's verification needs of it."""
@@ -43,9 +57,10 @@ class NamedGap(NamedTuple):
 
 
 class Verdict(Enum):
-    """What to do with a batch."""
+    """What to do with a batch: keep it, keep it beside others of the same seqs, drop it, or set it apart."""
 
     NEW = "new"
+    BESIDE = "beside"
     DUPLICATE = "duplicate"
     CONFLICT = "conflict"
 
@@ -60,24 +75,36 @@ class Stream:
         self.named = Ranges()
         self.gaps: list[NamedGap] = []
 
-    def judge(
-        self, seq: int, count: int, kind: Kind, digest: bytes, kept: Callable[[], Sequence[Kept]]
-    ) -> Verdict:
+    def judge(self, batch: Outline, kept: Callable[[], Sequence[Outline]]) -> Verdict:
         """Say what a batch is; `kept` is asked for the kept batches that overlap it only where some must.
 
-        `kept` may have forgotten old batches: one that is wholly covered by what it no longer knows counts as
-        a duplicate. A summary and the batches that it stands for are no conflict: what came first stays.
+        A summary and what it took the place of are no conflict: each is kept unless finer ones tell of all its seqs.
+        `kept` may have forgotten old batches: what it no longer knows of counts as told by finer ones.
         """
-        last = seq + count - 1
-        if not self.received.overlaps(seq, last):
+        seqs = batch.seq, batch.last
+        if not self.received.overlaps(*seqs):
             return Verdict.NEW
         there = kept()
-        if any(batch.seq == seq and batch.digest == digest for batch in there):
+        if batch in there:
             return Verdict.DUPLICATE
-        covered = self.received.covers(seq, last)
-        if covered and all((batch.kind is Kind.SUMMARY) != (kind is Kind.SUMMARY) for batch in there):
-            return Verdict.DUPLICATE
-        return Verdict.CONFLICT
+        if not all(batch.agrees(other) for other in there):
+            return Verdict.CONFLICT
+        finer = self._forgotten(batch, there)
+        if finer and not batch.period_s and not finer.covers(*seqs):
+            return Verdict.CONFLICT
+        for other in there:
+            if other.period_s < batch.period_s:
+                finer.add(other.seq, other.last)
+        return Verdict.DUPLICATE if finer.covers(*seqs) else Verdict.BESIDE
+
+    def _forgotten(self, batch: Outline, there: Sequence[Outline]) -> Ranges:
+        """Return which of a batch's seqs were received with batches that are not there any more."""
+        forgotten = Ranges([(batch.seq, batch.last)])
+        for hole in self.received.gaps(batch.seq, batch.last):
+            forgotten.remove(*hole)
+        for other in there:
+            forgotten.remove(other.seq, other.last)
+        return forgotten
 
     def keep(self, seq: int, count: int) -> None:
         """Count a batch as received."""
@@ -88,7 +115,8 @@ class Stream:
         if gap in self.gaps:
             return False
         self.gaps.append(gap)
-        self.named.add(gap.first, gap.last)
+        if not gap.thinned:
+            self.named.add(gap.first, gap.last)
         return True
 
     @property

@@ -70,10 +70,7 @@ class Intake:
         key, stream = batch.key, self._stream(batch.key)
         if self._receipts is not None:
             self._receipts.came(key, topic, batch.seq, batch.last)
-        verdict = stream.judge(
-            batch.seq, batch.count, batch.kind, batch.digest,
-            lambda: self._sink.kept(key, batch.seq, batch.last),
-        )  # fmt: skip
+        verdict = stream.judge(batch.outline, lambda: self._sink.kept(key, batch.seq, batch.last))
         if verdict is Verdict.DUPLICATE:
             self._duplicates[key] += 1
             return False
@@ -85,7 +82,7 @@ class Intake:
                 "those kept; the first stay, these are set apart",
             )
             return False
-        self._sink.add(batch, wall_ms())
+        self._sink.add(batch, wall_ms(), beside=verdict is Verdict.BESIDE)
         if self._corrector is not None:
             self._corrector.take(batch)
         stream.keep(batch.seq, batch.count)
@@ -104,7 +101,8 @@ class Intake:
                 self._complain("malformed", f"{batch.key}: {error}")
                 continue
             if self._stream(key).name(gap):
-                _log.warning("%s: %d-%d are gone for good (%s)", key, gap.first, gap.last, gap.reason)
+                gone = "are thinned to a summary" if gap.thinned else "are gone for good"
+                _log.warning("%s: %d-%d %s (%s)", key, gap.first, gap.last, gone, gap.reason)
 
     def _complain(self, kind: str, text: str) -> None:
         line = self._throttles.setdefault(kind, Throttle()).line(text, self._now_s())
@@ -151,7 +149,8 @@ class Intake:
             streams.append(
                 StreamReport(
                     key=key,
-                    kept=figures.get(key, Figures(0, 0, 0, 0, 0)),
+                    records=stream.received.total(),
+                    kept=figures.get(key, Figures(0, 0, 0, 0)),
                     head=stream.head,
                     duplicates=self._duplicates[key],
                     missing=stream.missing(),

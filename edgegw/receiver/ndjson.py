@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from edgegw.domain.batch import Kind, Link
-from edgegw.receiver.dedupe import Kept, Key, NamedGap
+from edgegw.receiver.dedupe import Key, NamedGap, Outline
 from edgegw.receiver.sink import Figures, SinkError, Span
 from edgegw.receiver.wire import Batch
 
@@ -19,7 +19,10 @@ _ENVELOPE = ("gateway", "stream", "seq")
 
 
 class Joined:
-    """Links of a chain where those that hold onto each other are one, so that whole streams are a few."""
+    """Links of a chain where those that hold onto each other are one, so that whole streams are a few.
+
+    Summaries are joined with summaries alone, for other batches may stand beside them.
+    """
 
     def __init__(self) -> None:
         self._links: list[Link] = []
@@ -34,8 +37,8 @@ class Joined:
     def _join(self, at: int) -> None:
         if 0 <= at < len(self._links) - 1:
             one, other = self._links[at : at + 2]
-            if one.last + 1 == other.first and one.digest == other.prev:
-                self._links[at : at + 2] = [Link(one.first, other.last, one.prev, other.digest)]
+            if (one.last + 1, one.digest, one.summary) == (other.first, other.prev, other.summary):
+                self._links[at : at + 2] = [Link(one.first, other.last, one.prev, other.digest, one.summary)]
 
     def __iter__(self) -> Iterator[Link]:
         return iter(self._links)
@@ -45,9 +48,9 @@ class _Written:
     """What is remembered of one stream."""
 
     def __init__(self) -> None:
-        self.recent: OrderedDict[int, Kept] = OrderedDict()
+        self.recent: OrderedDict[tuple[int, int, int], Outline] = OrderedDict()
         self.joined = Joined()
-        self.figures = Figures(0, 0, 0, 0, 0)
+        self.figures = Figures(0, 0, 0, 0)
 
 
 class NdjsonSink:
@@ -63,24 +66,23 @@ class NdjsonSink:
     def gaps(self) -> Iterable[tuple[Key, NamedGap]]:
         return ()
 
-    def kept(self, key: Key, seq: int, last: int) -> Sequence[Kept]:
+    def kept(self, key: Key, seq: int, last: int) -> Sequence[Outline]:
         recent = self._written[key].recent
-        if seq in recent:
-            return [recent[seq]]
-        return [batch for batch in recent.values() if batch.seq <= last and batch.seq + batch.count > seq]
+        if (same := recent.get((seq, last, 0))) is not None:
+            return [same]  # whatever else there is, this tells of it all
+        return [batch for batch in recent.values() if batch.seq <= last and batch.last >= seq]
 
-    def add(self, batch: Batch, received_ms: int) -> None:
+    def add(self, batch: Batch, received_ms: int, *, beside: bool = False) -> None:
         lines = [line(batch.key, seq, raw) for seq, raw in zip(_seqs(batch), batch.raw, strict=True)]
         self._write(b"".join(lines))
         written = self._written.setdefault(batch.key, _Written())
-        written.recent[batch.seq] = Kept(batch.seq, batch.count, batch.kind, batch.digest)
+        written.recent[batch.seq, batch.last, batch.period_s] = batch.outline
         if len(written.recent) > REMEMBERED:
             written.recent.popitem(last=False)
         written.joined.add(batch.link)
         so_far = written.figures
         written.figures = Figures(
             so_far.batches + 1,
-            so_far.records + batch.count,
             so_far.readings + batch.readings,
             so_far.events + len(batch.events),
             so_far.conflicts,

@@ -9,11 +9,11 @@ import msgspec
 from edgegw.domain.batch import Kind, Link, decode, digest
 from edgegw.domain.tag import Value
 from edgegw.errors import ConfigError
-from edgegw.receiver.corrector import Correction
-from edgegw.receiver.dedupe import Kept, Key, NamedGap
+from edgegw.receiver.corrector import Correction, Place
+from edgegw.receiver.dedupe import Key, NamedGap, Outline
 from edgegw.receiver.sink import Figures, SinkError, Span
 from edgegw.receiver.timing import HEAD_BYTES, UNSYNCED
-from edgegw.receiver.wire import Batch, MalformedError, link, read_gap
+from edgegw.receiver.wire import Batch, MalformedError, link, outline, read_gap
 
 try:
     import psycopg
@@ -26,6 +26,9 @@ _SCHEMA: tuple[LiteralString, ...] = (
     "CREATE TABLE IF NOT EXISTS batches (gateway text, stream text, seq bigint, count bigint NOT NULL,"
     " kind text NOT NULL, received_ts bigint NOT NULL, body text NOT NULL,"
     " PRIMARY KEY (gateway, stream, seq))",
+    "CREATE TABLE IF NOT EXISTS beside (gateway text, stream text, seq bigint, period bigint, count bigint NOT NULL,"
+    " kind text NOT NULL, received_ts bigint NOT NULL, body text NOT NULL,"
+    " PRIMARY KEY (gateway, stream, seq, period))",
     "CREATE TABLE IF NOT EXISTS readings (gateway text NOT NULL, stream text NOT NULL, seq bigint NOT NULL,"
     " ts bigint NOT NULL, device text NOT NULL, tag text NOT NULL, value double precision, value_text text,"
     " quality text)",
@@ -34,24 +37,36 @@ _SCHEMA: tuple[LiteralString, ...] = (
     "CREATE TABLE IF NOT EXISTS device_status (gateway text NOT NULL, stream text NOT NULL,"
     " seq bigint NOT NULL, ts bigint NOT NULL, device text NOT NULL, status text NOT NULL, reason text)",
     "CREATE TABLE IF NOT EXISTS summaries (gateway text NOT NULL, stream text NOT NULL, seq bigint NOT NULL,"
-    " ts bigint NOT NULL, device text NOT NULL, tag text NOT NULL, body text NOT NULL)",
+    " ts bigint NOT NULL, device text NOT NULL, tag text NOT NULL, body text NOT NULL, period bigint)",
+    "ALTER TABLE summaries ADD COLUMN IF NOT EXISTS period bigint",
     "CREATE TABLE IF NOT EXISTS conflicts (gateway text, stream text, seq bigint, count bigint NOT NULL,"
     " digest text, kind text NOT NULL, received_ts bigint NOT NULL, body text NOT NULL,"
     " PRIMARY KEY (gateway, stream, seq, digest))",
     "CREATE INDEX IF NOT EXISTS batches_spans ON batches (gateway, stream, seq, count)",
     "CREATE INDEX IF NOT EXISTS events_names ON events (event)",
 )
-"""A number stands in `value`; text, or an array as JSON, in `value_text`."""
+"""A number stands in `value`; text, or an array as JSON, in `value_text`. What `beside` is for: see `sqlite.py`."""
 
-_OF_RECORDS: tuple[LiteralString, ...] = ("readings", "events", "device_status", "summaries")
+_ALL: LiteralString = (
+    "(SELECT gateway, stream, seq, 0::bigint AS layer, count, body FROM batches"
+    " UNION ALL SELECT gateway, stream, seq, 1 + period, count, body FROM beside) AS every_batch"
+)
+_OF_RECORDS: tuple[LiteralString, ...] = ("readings", "events", "device_status")
+"""The tables whose rows bear the seqs of records; those of `summaries` bear their batch's first."""
 _OF_BATCH: LiteralString = "WHERE gateway = %s AND stream = %s AND"
 _UNSYNCED: LiteralString = f"position('{UNSYNCED}' in left(body, {HEAD_BYTES})) > 0"
-"""The condition of the index `batches_unsynced`: what uses it must say the same."""
+"""The condition of the indexes `batches_unsynced` and `beside_unsynced`: what uses them must say the same."""
 _CORRECTIONS: tuple[LiteralString, ...] = (
     "CREATE TABLE IF NOT EXISTS corrections (gateway text, stream text, seq bigint, count bigint NOT NULL,"
-    " delta_ms bigint NOT NULL, PRIMARY KEY (gateway, stream, seq))",
-    *(f"CREATE INDEX IF NOT EXISTS {table}_seqs ON {table} (gateway, stream, seq)" for table in _OF_RECORDS),
-    f"CREATE INDEX IF NOT EXISTS batches_unsynced ON batches (gateway, stream, seq) WHERE {_UNSYNCED}",
+    " delta_ms bigint NOT NULL, period bigint, PRIMARY KEY (gateway, stream, seq, period))",
+    *(
+        f"CREATE INDEX IF NOT EXISTS {table}_seqs ON {table} (gateway, stream, seq)"
+        for table in (*_OF_RECORDS, "summaries")
+    ),
+    *(
+        f"CREATE INDEX IF NOT EXISTS {table}_unsynced ON {table} (gateway, stream, seq) WHERE {_UNSYNCED}"
+        for table in ("batches", "beside")
+    ),
 )
 
 
@@ -66,7 +81,9 @@ class PostgresSink:
             self._conn.commit()
 
     def spans(self) -> Iterable[Span]:
-        rows = self._rows("SELECT gateway, stream, seq, count FROM batches ORDER BY gateway, stream, seq")
+        rows = self._rows(
+            f"SELECT gateway, stream, seq, count FROM {_ALL} ORDER BY gateway, stream, seq, layer"
+        )
         return (Span(Key(gateway, stream), seq, count) for gateway, stream, seq, count in rows)
 
     def gaps(self) -> Iterable[tuple[Key, NamedGap]]:
@@ -84,24 +101,35 @@ class PostgresSink:
             cursor.execute(query, parameters)
             yield from cursor
 
-    def kept(self, key: Key, seq: int, last: int) -> Sequence[Kept]:
+    def kept(self, key: Key, seq: int, last: int) -> Sequence[Outline]:
+        of = {"gateway": key.gateway, "stream": key.stream, "seq": seq, "last": last}
         with _naming_the_database():
             rows = self._conn.execute(
-                "SELECT seq, count, kind, body FROM batches"
+                "SELECT body FROM batches"
                 " WHERE gateway = %(gateway)s AND stream = %(stream)s AND seq <= %(last)s"
                 " AND seq >= coalesce((SELECT max(seq) FROM batches"
-                "  WHERE gateway = %(gateway)s AND stream = %(stream)s AND seq <= %(seq)s), %(seq)s)",
-                {"gateway": key.gateway, "stream": key.stream, "seq": seq, "last": last},
+                "  WHERE gateway = %(gateway)s AND stream = %(stream)s AND seq <= %(seq)s), %(seq)s)"
+                " UNION ALL SELECT body FROM beside WHERE gateway = %(gateway)s AND stream = %(stream)s"
+                " AND seq <= %(last)s AND seq + count > %(seq)s",
+                of,
             ).fetchall()
-        return [Kept(at, n, Kind(kind), digest(body.encode())) for at, n, kind, body in rows if at + n > seq]
+        return [there for (body,) in rows if (there := outline(body.encode())).last >= seq]
 
-    def add(self, batch: Batch, received_ms: int) -> None:
+    def add(self, batch: Batch, received_ms: int, *, beside: bool = False) -> None:
+        row = (*batch.key, batch.seq, batch.count, batch.kind.value, received_ms, batch.body.decode())
         with _naming_the_database(), self._conn.cursor() as cursor:
-            cursor.execute(
-                "INSERT INTO batches (gateway, stream, seq, count, kind, received_ts, body)"
-                " VALUES (%s, %s, %s, %s, %s, %s, %s)",
-                (*batch.key, batch.seq, batch.count, batch.kind.value, received_ms, batch.body.decode()),
-            )
+            if beside:
+                cursor.execute(
+                    "INSERT INTO beside (gateway, stream, seq, count, kind, received_ts, body, period)"
+                    " VALUES (%s, %s, %s, %s, %s, %s, %s, %s)",
+                    (*row, batch.period_s),
+                )
+            else:
+                cursor.execute(
+                    "INSERT INTO batches (gateway, stream, seq, count, kind, received_ts, body)"
+                    " VALUES (%s, %s, %s, %s, %s, %s, %s)",
+                    row,
+                )
             _add_records(cursor, batch)
 
     def prepare_corrections(self) -> None:
@@ -114,35 +142,38 @@ class PostgresSink:
         rows = self._rows("SELECT gateway, body FROM events WHERE event IN ('start', 'clock-step')")
         return ((gateway, body.encode()) for gateway, body in rows)
 
-    def unsynced(self, gateway: str, stream: str, seq: int, limit: int) -> Sequence[tuple[str, int, bytes]]:
+    def unsynced(self, gateway: str, after: Place, limit: int) -> Sequence[tuple[Place, bytes]]:
         with _naming_the_database():
             rows = self._conn.execute(
-                "SELECT stream, seq, body FROM batches WHERE gateway = %s AND (stream, seq) > (%s, %s) AND "
-                f"{_UNSYNCED} ORDER BY stream, seq LIMIT %s",
-                (gateway, stream, seq, limit),
+                f"SELECT stream, seq, layer, body FROM {_ALL}"
+                f" WHERE gateway = %s AND (stream, seq, layer) > (%s, %s, %s) AND {_UNSYNCED}"
+                " ORDER BY stream, seq, layer LIMIT %s",
+                (gateway, *after, limit),
             ).fetchall()
-        return [(of, at, body.encode()) for of, at, body in rows]
+        return [(Place(*place), body.encode()) for *place, body in rows]
 
-    def correction(self, key: Key, seq: int) -> Correction | None:
+    def correction(self, batch: Batch) -> Correction | None:
         with _naming_the_database():
             row = self._conn.execute(
-                f"SELECT count, delta_ms FROM corrections {_OF_BATCH} seq = %s", (*key, seq)
+                f"SELECT count, delta_ms FROM corrections {_OF_BATCH} seq = %s AND period = %s",
+                (*batch.key, batch.seq, batch.period_s),
             ).fetchone()
         return Correction(*row) if row else None
 
     def correct(self, batch: Batch, correction: Correction) -> None:
+        of, period_s = (*batch.key, batch.seq), batch.period_s
         with _naming_the_database(), self._conn.cursor() as cursor:
-            for table in _OF_RECORDS:
-                cursor.execute(
-                    f"DELETE FROM {table} {_OF_BATCH} seq BETWEEN %s AND %s",
-                    (*batch.key, batch.seq, batch.last),
-                )
+            if period_s:
+                cursor.execute(f"DELETE FROM summaries {_OF_BATCH} seq = %s AND period = %s", (*of, period_s))
+            for table in () if period_s else _OF_RECORDS:
+                cursor.execute(f"DELETE FROM {table} {_OF_BATCH} seq BETWEEN %s AND %s", (*of, batch.last))
             _add_records(cursor, batch)
-            cursor.execute(f"DELETE FROM corrections {_OF_BATCH} seq = %s", (*batch.key, batch.seq))
+            cursor.execute(f"DELETE FROM corrections {_OF_BATCH} seq = %s AND period = %s", (*of, period_s))
             if correction.records:
                 cursor.execute(
-                    "INSERT INTO corrections (gateway, stream, seq, count, delta_ms) VALUES (%s, %s, %s, %s, %s)",
-                    (*batch.key, batch.seq, *correction),
+                    "INSERT INTO corrections (gateway, stream, seq, count, delta_ms, period)"
+                    " VALUES (%s, %s, %s, %s, %s, %s)",
+                    (*of, *correction, period_s),
                 )
 
     def add_conflict(self, batch: Batch, received_ms: int) -> None:
@@ -160,17 +191,15 @@ class PostgresSink:
 
     def links(self, key: Key) -> Iterator[Link]:
         for (text,) in self._rows(
-            "SELECT body FROM batches WHERE gateway = %s AND stream = %s ORDER BY seq", key
+            f"SELECT body FROM {_ALL} WHERE gateway = %s AND stream = %s ORDER BY seq, layer", key
         ):
             body = text.encode()
             yield link(decode(body), digest(body))
 
     def figures(self) -> dict[Key, Figures]:
         rows = self._rows(
-            "SELECT gateway, stream, b.batches, b.records,"
-            " coalesce(r.n, 0), coalesce(e.n, 0), coalesce(c.n, 0)"
-            " FROM (SELECT gateway, stream, count(*) AS batches, sum(count)::bigint AS records FROM batches"
-            "  GROUP BY gateway, stream) b"
+            "SELECT gateway, stream, b.n, coalesce(r.n, 0), coalesce(e.n, 0), coalesce(c.n, 0)"
+            f" FROM (SELECT gateway, stream, count(*) AS n FROM {_ALL} GROUP BY gateway, stream) b"
             " LEFT JOIN (SELECT gateway, stream, count(*) AS n FROM readings GROUP BY 1, 2) r"
             "  USING (gateway, stream)"
             " LEFT JOIN (SELECT gateway, stream, count(*) AS n FROM events GROUP BY 1, 2) e"
@@ -246,14 +275,17 @@ def _others(batch: Batch) -> Iterator[tuple[LiteralString, list[tuple[Any, ...]]
         )
     if batch.kind is Kind.SUMMARY:
         yield (
-            "INSERT INTO summaries (gateway, stream, seq, ts, device, tag, body)"
-            " VALUES (%s, %s, %s, %s, %s, %s, %s)",
+            "INSERT INTO summaries (gateway, stream, seq, ts, device, tag, body, period)"
+            " VALUES (%s, %s, %s, %s, %s, %s, %s, %s)",
             [
-                (*batch.key, batch.seq, record.ts, record.device, tag, msgspec.json.encode(figures).decode())
+                (
+                    *batch.key, batch.seq, record.ts, record.device, tag,
+                    msgspec.json.encode(figures).decode(), batch.period_s,
+                )
                 for record in batch.summaries
                 for tag, figures in record.values.items()
             ],
-        )
+        )  # fmt: skip
 
 
 def columns(value: Value) -> tuple[float | None, str | None]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from edgegw.domain.batch import ChainReport, Link, verify
+from edgegw.domain.ranges import Ranges
 from edgegw.receiver.announce import spell
 from edgegw.receiver.dedupe import Key, NamedGap
 from edgegw.receiver.sink import Figures
@@ -13,6 +14,7 @@ class StreamReport(NamedTuple):
     """One stream's part; `duplicates` are those of this run, all else is of everything kept."""
 
     key: Key
+    records: int
     kept: Figures
     head: int
     duplicates: int
@@ -32,13 +34,14 @@ class StreamReport(NamedTuple):
             "stream": self.key.stream,
             "head": self.head,
             "batches": self.kept.batches,
-            "records": self.kept.records,
+            "records": self.records,
             "readings": self.kept.readings,
             "events": self.kept.events,
             "duplicates": self.duplicates,
             "conflicts": self.kept.conflicts,
             "missing": self.missing,
-            "gaps": [{"from": gap.first, "to": gap.last, "reason": gap.reason} for gap in self.gaps],
+            "gaps": [_json(gap) for gap in self.gaps if not gap.thinned],
+            "thinned": [_json(gap) for gap in self.gaps if gap.thinned],
             "chain": {"verified": not self.chain.breaks, "broken_at": self.chain.breaks},
             "ok": self.ok,
         }
@@ -46,14 +49,16 @@ class StreamReport(NamedTuple):
     def lines(self) -> list[str]:
         """Return it for a reader."""
         kept = self.kept
-        gaps = "; ".join(f"{spell([(gap.first, gap.last)])} ({gap.reason})" for gap in self.gaps)
+        gaps = "; ".join(f"{spell([gap[:2]])} ({gap.reason})" for gap in self.gaps if not gap.thinned)
+        thinned = spell(list(Ranges(gap[:2] for gap in self.gaps if gap.thinned)))
         broken = spell([(seq, seq) for seq in self.chain.breaks])
         return [
-            f"{self.key}: {kept.records} records up to {self.head} in {kept.batches} batches",
+            f"{self.key}: {self.records} records up to {self.head} in {kept.batches} batches",
             f"  {kept.readings} readings, {kept.events} events",
             f"  duplicates dropped: {self.duplicates}; conflicts: {kept.conflicts}",
             f"  missing: {spell(self.missing) or 'nothing'}",
             f"  gone for good, and named: {gaps or 'nothing'}",
+            *([f"  thinned to summaries: {thinned}"] if thinned else []),
             f"  chain: {f'BROKEN at {broken}' if broken else 'verified'}",
         ]
 
@@ -90,6 +95,10 @@ class Report(NamedTuple):
             bad = sum(not stream.ok for stream in self.streams)
             lines.append(f"NOT OK: {bad} of {len(self.streams)} streams")
         return lines
+
+
+def _json(gap: NamedGap) -> dict[str, Any]:
+    return {"from": gap.first, "to": gap.last, "reason": gap.reason}
 
 
 def chain_of(links: Iterable[Link], gaps: Iterable[NamedGap]) -> ChainReport:

@@ -7,7 +7,7 @@ import msgspec
 
 from edgegw.domain.batch import Link
 from edgegw.errors import EdgegwError
-from edgegw.receiver.dedupe import Kept, Key, NamedGap
+from edgegw.receiver.dedupe import Key, NamedGap, Outline
 from edgegw.receiver.wire import Batch
 
 
@@ -27,7 +27,6 @@ class Figures(NamedTuple):
     """How much is kept of one stream."""
 
     batches: int
-    records: int
     readings: int
     events: int
     conflicts: int
@@ -44,12 +43,12 @@ class Sink(Protocol):
         """Return the gap events among what is kept."""
         ...
 
-    def kept(self, key: Key, seq: int, last: int) -> Sequence[Kept]:
+    def kept(self, key: Key, seq: int, last: int) -> Sequence[Outline]:
         """Return the kept batches that overlap `seq` to `last`."""
         ...
 
-    def add(self, batch: Batch, received_ms: int) -> None:
-        """Take in a new batch; it is safe only when `commit` has returned."""
+    def add(self, batch: Batch, received_ms: int, *, beside: bool = False) -> None:
+        """Take in a new batch, perhaps beside others of its seqs; it is safe only when `commit` has returned."""
         ...
 
     def add_conflict(self, batch: Batch, received_ms: int) -> None:

@@ -5,6 +5,7 @@ them, and its older versions commit in every insert.
 """
 
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,34 +14,47 @@ from typing import Any
 import msgspec
 import sqlite_utils
 
-from edgegw.domain.batch import Kind, Link, decode, digest
+from edgegw.domain.batch import Link, decode, digest
 from edgegw.domain.tag import Value
-from edgegw.receiver.corrector import Correction
-from edgegw.receiver.dedupe import Kept, Key, NamedGap
+from edgegw.receiver.corrector import Correction, Place
+from edgegw.receiver.dedupe import Key, NamedGap, Outline
 from edgegw.receiver.sink import Figures, SinkError, Span
 from edgegw.receiver.timing import HEAD_BYTES, UNSYNCED
-from edgegw.receiver.wire import MAX_INT, Batch, MalformedError, link, read_gap
+from edgegw.receiver.wire import MAX_INT, Batch, MalformedError, link, outline, read_gap
 
 _OF = {"gateway": str, "stream": str, "seq": int}
 _TABLES: dict[str, dict[str, Any]] = {
     "batches": _OF | {"count": int, "kind": str, "received_ts": int, "body": str},
+    "beside": _OF | {"period": int, "count": int, "kind": str, "received_ts": int, "body": str},
     "readings": _OF | {"ts": int, "device": str, "tag": str, "value": bytes, "quality": str},
     "events": _OF | {"ts": int, "event": str, "body": str},
     "device_status": _OF | {"ts": int, "device": str, "status": str, "reason": str},
-    "summaries": _OF | {"ts": int, "device": str, "tag": str, "body": str},
+    "summaries": _OF | {"ts": int, "device": str, "tag": str, "body": str, "period": int},
     "conflicts": _OF | {"count": int, "digest": str, "kind": str, "received_ts": int, "body": str},
 }
-"""The columns; `value` is declared BLOB because that alone changes nothing that is put in."""
+"""The columns; `value` is declared BLOB because that alone changes nothing that is put in.
 
-_KEYS = {"batches": ("gateway", "stream", "seq"), "conflicts": ("gateway", "stream", "seq", "digest")}
+`beside` has the batches that came when others of their seqs were kept: a summary for seqs that are partly in
+`batches`, or what a summary there stands for.
+"""
+
+_KEYS = {
+    "batches": ("gateway", "stream", "seq"),
+    "beside": ("gateway", "stream", "seq", "period"),
+    "conflicts": ("gateway", "stream", "seq", "digest"),
+}
+_ALL = """(SELECT gateway, stream, seq, 0 AS layer, body FROM batches
+ UNION ALL SELECT gateway, stream, seq, 1 + period, body FROM beside)"""
+"""Every batch. SQLite merges by the indexes only what it is asked to order by columns that it is also asked for."""
 _INDEXES = (
     ("batches", ("gateway", "stream", "seq", "count"), "batches_spans"),
     ("events", ("event",), "events_names"),
 )
-_OF_RECORDS = ("readings", "events", "device_status", "summaries")
+_OF_RECORDS = ("readings", "events", "device_status")
+"""The tables whose rows bear the seqs of records; those of `summaries` bear their batch's first."""
 _OF_BATCH = "WHERE gateway = ? AND stream = ? AND"
 _UNSYNCED = f"instr(substr(body, 1, {HEAD_BYTES}), '{UNSYNCED}') > 0"
-"""The condition of the index `batches_unsynced`: what uses it must say the same."""
+"""The condition of the indexes `batches_unsynced` and `beside_unsynced`: what uses them must say the same."""
 LOCKED_S = 60.0
 """How long to wait for another program that holds the file."""
 
@@ -63,6 +77,8 @@ class SqliteSink:
         for name, columns in _TABLES.items():
             if name not in present:
                 self._db.table(name).create(columns, pk=_KEYS.get(name))
+        if "period" not in self._db.table("summaries").columns_dict:  # the file of an earlier version
+            self._db.table("summaries").add_column("period", int)
         for table, columns_, name in _INDEXES:
             self._db.table(table).create_index(columns_, name, if_not_exists=True)
 
@@ -77,10 +93,11 @@ class SqliteSink:
 
     def spans(self) -> Iterable[Span]:
         with self._naming_the_file():
-            for gateway, stream, seq, count in self._conn.execute(
-                "SELECT gateway, stream, seq, count FROM batches ORDER BY gateway, stream, seq"
-            ):
-                yield Span(Key(gateway, stream), seq, count)
+            for table in ("batches", "beside"):
+                for gateway, stream, seq, count in self._conn.execute(
+                    f"SELECT gateway, stream, seq, count FROM {table} ORDER BY gateway, stream, seq"
+                ):
+                    yield Span(Key(gateway, stream), seq, count)
 
     def gaps(self) -> Iterable[tuple[Key, NamedGap]]:
         with self._naming_the_file():
@@ -92,22 +109,25 @@ class SqliteSink:
                 except MalformedError:
                     continue  # said when it came
 
-    def kept(self, key: Key, seq: int, last: int) -> Sequence[Kept]:
+    def kept(self, key: Key, seq: int, last: int) -> Sequence[Outline]:
+        of = {"gateway": key.gateway, "stream": key.stream, "seq": seq, "last": last}
         with self._naming_the_file():
             rows = self._conn.execute(
-                "SELECT seq, count, kind, body FROM batches WHERE gateway = :gateway AND stream = :stream"
+                "SELECT body FROM batches WHERE gateway = :gateway AND stream = :stream"
                 " AND seq <= :last AND seq >= coalesce((SELECT max(seq) FROM batches"
-                "  WHERE gateway = :gateway AND stream = :stream AND seq <= :seq), :seq)",
-                {"gateway": key.gateway, "stream": key.stream, "seq": seq, "last": last},
+                "  WHERE gateway = :gateway AND stream = :stream AND seq <= :seq), :seq)"
+                " UNION ALL SELECT body FROM beside WHERE gateway = :gateway AND stream = :stream"
+                " AND seq <= :last AND seq + count > :seq",
+                of,
             ).fetchall()
-        return [Kept(at, n, Kind(kind), digest(body.encode())) for at, n, kind, body in rows if at + n > seq]
+        return [there for (body,) in rows if (there := outline(body.encode())).last >= seq]
 
-    def add(self, batch: Batch, received_ms: int) -> None:
-        key = batch.key
+    def add(self, batch: Batch, received_ms: int, *, beside: bool = False) -> None:
+        period = (batch.period_s,) if beside else ()
+        of_batch = (batch.count, batch.kind.value, received_ms, batch.body.decode())
         with self._naming_the_file():
             self._conn.execute(
-                _insert("batches"),
-                (*key, batch.seq, batch.count, batch.kind.value, received_ms, batch.body.decode()),
+                _insert("beside" if beside else "batches"), (*batch.key, batch.seq, *period, *of_batch)
             )
             self._add_data(batch)
             self._add_others(batch)
@@ -115,13 +135,14 @@ class SqliteSink:
     def prepare_corrections(self) -> None:
         with self._naming_the_file():
             if "corrections" not in self._db.table_names():
-                columns = _OF | {"count": int, "delta_ms": int}
-                self._db.table("corrections").create(columns, pk=("gateway", "stream", "seq"))
-            for table in _OF_RECORDS:
+                columns = _OF | {"count": int, "delta_ms": int, "period": int}
+                self._db.table("corrections").create(columns, pk=("gateway", "stream", "seq", "period"))
+            for table in (*_OF_RECORDS, "summaries"):
                 self._db.table(table).create_index(list(_OF), f"{table}_seqs", if_not_exists=True)
-            self._conn.execute(
-                f"CREATE INDEX IF NOT EXISTS batches_unsynced ON batches (gateway, stream, seq) WHERE {_UNSYNCED}"
-            )
+            for table in ("batches", "beside"):
+                self._conn.execute(
+                    f"CREATE INDEX IF NOT EXISTS {table}_unsynced ON {table} (gateway, stream, seq) WHERE {_UNSYNCED}"
+                )
             self._conn.commit()
 
     def naming_events(self) -> Iterable[tuple[str, bytes]]:
@@ -131,36 +152,40 @@ class SqliteSink:
             ):
                 yield gateway, body.encode()
 
-    def unsynced(self, gateway: str, stream: str, seq: int, limit: int) -> Sequence[tuple[str, int, bytes]]:
+    def unsynced(self, gateway: str, after: Place, limit: int) -> Sequence[tuple[Place, bytes]]:
         with self._naming_the_file():
             rows = self._conn.execute(
-                f"SELECT stream, seq, body FROM batches WHERE gateway = ? AND (stream, seq) > (?, ?) AND {_UNSYNCED}"
-                " ORDER BY stream, seq LIMIT ?",
-                (gateway, stream, seq, limit),
+                f"SELECT stream, seq, layer, body FROM {_ALL} WHERE gateway = ? AND (stream, seq, layer) > (?, ?, ?)"
+                f" AND {_UNSYNCED} ORDER BY stream, seq, layer LIMIT ?",
+                (gateway, *after, limit),
             ).fetchall()
-        return [(of, at, body.encode()) for of, at, body in rows]
+        return [(Place(*place), body.encode()) for *place, body in rows]
 
-    def correction(self, key: Key, seq: int) -> Correction | None:
+    def correction(self, batch: Batch) -> Correction | None:
         with self._naming_the_file():
             row = self._conn.execute(
-                f"SELECT count, delta_ms FROM corrections {_OF_BATCH} seq = ?", (*key, seq)
+                f"SELECT count, delta_ms FROM corrections {_OF_BATCH} seq = ? AND period = ?",
+                (*batch.key, batch.seq, batch.period_s),
             ).fetchone()
         return Correction(*row) if row else None
 
     def correct(self, batch: Batch, correction: Correction) -> None:
+        of, period_s = (*batch.key, batch.seq), batch.period_s
         with self._naming_the_file():
-            for table in _OF_RECORDS:
+            if period_s:
                 self._conn.execute(
-                    f"DELETE FROM {table} {_OF_BATCH} seq BETWEEN ? AND ?",
-                    (*batch.key, batch.seq, batch.last),
+                    f"DELETE FROM summaries {_OF_BATCH} seq = ? AND period = ?", (*of, period_s)
                 )
+            for table in () if period_s else _OF_RECORDS:
+                self._conn.execute(f"DELETE FROM {table} {_OF_BATCH} seq BETWEEN ? AND ?", (*of, batch.last))
             self._add_data(batch)
             self._add_others(batch)
-            self._conn.execute(f"DELETE FROM corrections {_OF_BATCH} seq = ?", (*batch.key, batch.seq))
+            self._conn.execute(f"DELETE FROM corrections {_OF_BATCH} seq = ? AND period = ?", (*of, period_s))
             if correction.records:
                 self._conn.execute(
-                    "INSERT INTO corrections (gateway, stream, seq, count, delta_ms) VALUES (?, ?, ?, ?, ?)",
-                    (*batch.key, batch.seq, *correction),
+                    "INSERT INTO corrections (gateway, stream, seq, count, delta_ms, period)"
+                    " VALUES (?, ?, ?, ?, ?, ?)",
+                    (*of, *correction, period_s),
                 )
 
     def _add_data(self, batch: Batch) -> None:
@@ -196,10 +221,13 @@ class SqliteSink:
         ]
         self._conn.executemany(_insert("events"), events)
         summaries = [
-            (*batch.key, batch.seq, record.ts, record.device, tag, msgspec.json.encode(figures).decode())
+            (
+                *batch.key, batch.seq, record.ts, record.device, tag, msgspec.json.encode(figures).decode(),
+                batch.period_s,
+            )
             for record in batch.summaries
             for tag, figures in record.values.items()
-        ]
+        ]  # fmt: skip
         self._conn.executemany(_insert("summaries"), summaries)
 
     def add_conflict(self, batch: Batch, received_ms: int) -> None:
@@ -216,28 +244,28 @@ class SqliteSink:
 
     def links(self, key: Key) -> Iterator[Link]:
         with self._naming_the_file():
-            for (text,) in self._conn.execute(
-                "SELECT body FROM batches WHERE gateway = ? AND stream = ? ORDER BY seq", key
+            for text, *_ in self._conn.execute(
+                f"SELECT body, seq, layer FROM {_ALL} WHERE gateway = ? AND stream = ? ORDER BY seq, layer",
+                key,
             ):
                 body = text.encode()
                 yield link(decode(body), digest(body))
 
     def figures(self) -> dict[Key, Figures]:
         with self._naming_the_file():
-            count = "SELECT gateway, stream, count(*) FROM {} GROUP BY gateway, stream"
             of = {
-                table: {Key(g, s): n for g, s, n in self._conn.execute(count.format(table))}
-                for table in ("batches", "readings", "events", "conflicts")
-            }
-            records = self._conn.execute(
-                "SELECT gateway, stream, sum(count) FROM batches GROUP BY gateway, stream"
-            )
-            return {
-                Key(g, s): Figures(
-                    of["batches"][Key(g, s)], n, *(of[t].get(Key(g, s), 0) for t in list(of)[1:])
+                table: Counter(
+                    {
+                        Key(gateway, stream): count
+                        for gateway, stream, count in self._conn.execute(
+                            f"SELECT gateway, stream, count(*) FROM {table} GROUP BY gateway, stream"
+                        )
+                    }
                 )
-                for g, s, n in records
+                for table in ("batches", "beside", "readings", "events", "conflicts")
             }
+        batches = of["batches"] + of["beside"]
+        return {key: Figures(n, *(of[t][key] for t in list(of)[2:])) for key, n in batches.items()}
 
     def close(self) -> None:
         self._conn.close()

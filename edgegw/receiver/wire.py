@@ -8,11 +8,13 @@ import zstandard
 from edgegw.domain.batch import Kind, Link, Message, decode, digest
 from edgegw.domain.tag import Scalar, Value
 from edgegw.errors import EdgegwError
-from edgegw.receiver.dedupe import Key, NamedGap
+from edgegw.receiver.dedupe import Key, NamedGap, Outline
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 MAX_BODY = 64 * 1024**2
 """The most bytes that a payload may unpack to."""
+PERIOD_S = 60
+"""The period of a summary that names none."""
 MAX_INT = 2**63 - 1
 """The greatest integer that the databases hold."""
 
@@ -35,7 +37,7 @@ class DataRecord(msgspec.Struct, frozen=True, gc=False):
 
 
 class SummaryRecord(msgspec.Struct, frozen=True, gc=False):
-    """A minute of one device: for each tag its figures."""
+    """A period of one device: for each tag its figures."""
 
     ts: Int64
     device: str
@@ -57,18 +59,21 @@ class _GapRecord(msgspec.Struct, frozen=True, gc=False):
     reason: str = ""
     last_prev: str | None = None
     stream: str | None = None
+    summary: bool = False
 
 
 class Batch(msgspec.Struct, frozen=True):
     """A batch that has passed every check that needs no other batch.
 
     Of `data`, `summaries` and `events` the one that `kind` says is filled; `raw` has the JSON of each record.
+    `period_s` is that of a summary, else 0.
     """
 
     key: Key
     seq: int
     count: int
     kind: Kind
+    period_s: int
     body: bytes
     digest: bytes
     data: list[DataRecord]
@@ -86,6 +91,11 @@ class Batch(msgspec.Struct, frozen=True):
     def readings(self) -> int:
         """How many readings the records hold."""
         return sum(len(record.values) for record in self.data if record.values)
+
+    @property
+    def outline(self) -> Outline:
+        """What tells it from others, and how it stands to them."""
+        return Outline(self.seq, self.count, self.period_s, self.digest)
 
 
 _data = msgspec.json.Decoder(list[DataRecord])
@@ -113,12 +123,25 @@ def link(message: Message, own: bytes) -> Link:
 
     A summary stands for the batches it replaced: what follows it carries the hash of the last of those.
     """
-    prev = _hash(message.prev)
-    if message.kind is Kind.SUMMARY:
+    prev, summary = _hash(message.prev), message.kind is Kind.SUMMARY
+    if summary:
         if message.last_prev is None:
             raise ValueError("a summary without last_prev")
         own = _hash(message.last_prev)
-    return Link(message.seq, message.seq + message.count - 1, prev, own)
+    return Link(message.seq, message.seq + message.count - 1, prev, own, summary)
+
+
+def period_s(message: Message) -> int:
+    """Return the period of a message if it is a summary, else 0."""
+    if message.kind is not Kind.SUMMARY:
+        return 0
+    return PERIOD_S if message.period is None else message.period
+
+
+def outline(body: bytes) -> Outline:
+    """Return the outline of a batch that `read` has passed before."""
+    message = decode(body)
+    return Outline(message.seq, message.count, period_s(message), digest(body))
 
 
 def read(payload: bytes) -> Batch:
@@ -137,7 +160,7 @@ def read(payload: bytes) -> Batch:
         raise MalformedError(f"no batch: {error}") from error
     _check(message, len(raw), data)
     return Batch(
-        Key(message.gateway, message.stream), message.seq, message.count, message.kind,
+        Key(message.gateway, message.stream), message.seq, message.count, message.kind, period_s(message),
         body, own, data, summaries, events, raw, chain_link,
     )  # fmt: skip
 
@@ -151,7 +174,9 @@ def read_gap(key: Key, record: bytes) -> tuple[Key, NamedGap]:
         raise MalformedError(f"no gap event: {error}") from error
     if gap.last < gap.first:
         raise MalformedError(f"no gap event: from {gap.first} to {gap.last}")
-    return key._replace(stream=gap.stream or key.stream), NamedGap(gap.first, gap.last, gap.reason, last_prev)
+    return key._replace(stream=gap.stream or key.stream), NamedGap(
+        gap.first, gap.last, gap.reason, last_prev, gap.summary
+    )  # fmt: skip
 
 
 def _check(message: Message, records: int, data: list[DataRecord]) -> None:
@@ -161,6 +186,8 @@ def _check(message: Message, records: int, data: list[DataRecord]) -> None:
         raise MalformedError("no gateway or no stream")
     if message.seq < 1 or message.count < 1 or message.seq + message.count > MAX_INT:
         raise MalformedError(f"seq {message.seq}, count {message.count}; expected both from 1")
+    if message.kind is Kind.SUMMARY and not 0 < period_s(message) <= MAX_INT:
+        raise MalformedError(f"period is {message.period}; expected seconds, from 1")
     if message.kind is not Kind.SUMMARY and records != message.count:
         raise MalformedError(f"count is {message.count}; found {records} records")
     if any(record.values is None and record.status is None for record in data):

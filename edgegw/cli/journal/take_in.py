@@ -112,7 +112,7 @@ def _is_held(sink: Sink, batch: Batch) -> bool:
     stream = Stream()
     for one in there:
         stream.keep(one.seq, one.count)
-    return stream.judge(batch.seq, batch.count, batch.kind, batch.digest, lambda: there) is Verdict.DUPLICATE
+    return stream.judge(batch.outline, lambda: there) is Verdict.DUPLICATE
 
 
 def _hold(held: list[Held], batch: Batch) -> None:
