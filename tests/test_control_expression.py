@@ -9,7 +9,8 @@ from control_rig import plant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgegw.control.expression import Compiler, activation
+from edgegw.control.compiler import Compiler
+from edgegw.control.expression import activation
 
 CASES = tomllib.loads((Path(__file__).parent / "cases" / "control_expressions.toml").read_text())
 COMPILER = Compiler(

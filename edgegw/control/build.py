@@ -2,15 +2,19 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgegw.config.load import Problem, load
 from edgegw.config.schema import STALE_PERIODS, Config, Guard, ModbusTag, OpcUaTag
 from edgegw.config.schema import Rule as RuleConfig
 from edgegw.config.schema import Window as WindowConfig
 from edgegw.control.engine import Plant
-from edgegw.control.expression import Compiler, Expression, did_you_mean
+from edgegw.control.expression import Expression, did_you_mean
 from edgegw.control.guard import Limits, check
 from edgegw.control.rule import Rule
+
+if TYPE_CHECKING:
+    from edgegw.control.compiler import Compiler
 
 Problems = list[Problem]
 
@@ -35,13 +39,16 @@ def build(config: Config) -> tuple[Plant, Problems]:
     for name, window in config.window.items():
         problems += _odd_window(name, window, config)
         kinds |= {f"{name}.{figure}": "number" for figure in (*window.agg, "coverage")}
-    compiler = Compiler(kinds)
-    rules = []
-    for name, rule in config.rule.items():
-        made, wrong = _rule(name, rule, compiler, limits)
-        problems += wrong
-        if made is not None:
-            rules.append(made)
+    rules: list[Rule] = []
+    if config.rule:
+        from edgegw.control.compiler import Compiler  # who has no rules need not have its 10 MB
+
+        compiler = Compiler(kinds)
+        for name, rule in config.rule.items():
+            made, wrong = _rule(name, rule, compiler, limits)
+            problems += wrong
+            if made is not None:
+                rules.append(made)
     stale = {name: STALE_PERIODS * device.every.s for name, device in config.device.items()}
     stale |= {name: STALE_PERIODS * window.period.s for name, window in config.window.items()}
     own = {name: rule.stale_after.s for name, rule in config.rule.items() if rule.stale_after is not None}
@@ -106,7 +113,7 @@ def _odd_limits(where: tuple[str, ...], tag: Guard, limits: Limits) -> Problems:
 
 
 def _rule(
-    name: str, config: RuleConfig, compiler: Compiler, limits: Mapping[str, Limits]
+    name: str, config: RuleConfig, compiler: "Compiler", limits: Mapping[str, Limits]
 ) -> tuple[Rule | None, Problems]:
     problems: Problems = []
 

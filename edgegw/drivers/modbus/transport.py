@@ -10,7 +10,7 @@ import logging
 import ssl
 import struct
 from collections import deque
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 from urllib.parse import parse_qs, urlsplit
 
 from pymodbus.client import AsyncModbusSerialClient, AsyncModbusTcpClient
@@ -122,6 +122,15 @@ class TcpTransport:
             wire.fail(NotConnected("closed", "the connection was closed"))
 
 
+class _Asked(NamedTuple):
+    """A request on the way, and when it is overdue by the loop's clock."""
+
+    unit: int
+    answer: asyncio.Future[bytes]
+    due_s: float
+    timeout_s: float
+
+
 class _Wire(asyncio.Protocol):
     """One TCP connection. Frames are cut by pymodbus's framer; whatever is no frame ends the connection.
 
@@ -138,7 +147,9 @@ class _Wire(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._buffer = b""
         self._tid = 0
-        self._waiting: dict[int, tuple[int, asyncio.Future[bytes]]] = {}
+        self._waiting: dict[int, _Asked] = {}
+        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_s = 0.0
         self._holder = 0
         self._held_since = 0.0
         self._queue: deque[asyncio.Future[bool]] = deque()
@@ -176,18 +187,18 @@ class _Wire(asyncio.Protocol):
         return any(
             tid != partial
             and (struct.pack(">HH", tid, 0) + data[4:6] + bytes((unit,))).startswith(data[:_HEADER])
-            for tid, (unit, _) in self._waiting.items()
+            for tid, (unit, *_) in self._waiting.items()
         )
 
     def _answered(self, tid: int, unit: int, pdu: bytes) -> None:
         asked = self._waiting.get(tid)
-        if asked is None or asked[1].done():
+        if asked is None or asked.answer.done():
             return  # its request was given up: it answers nothing any more
-        asked_unit, answer = asked
-        if unit != asked_unit:
-            answer.set_exception(BadAnswer("wrong-unit", f"unit {unit} answered; expected {asked_unit}"))
+        if unit != asked.unit:
+            wrong = f"unit {unit} answered; expected {asked.unit}"
+            asked.answer.set_exception(BadAnswer("wrong-unit", wrong))
         else:
-            answer.set_result(pdu)
+            asked.answer.set_result(pdu)
 
     async def call(self, unit: int, pdu: bytes, timeout_s: float) -> bytes:
         if self._holder:
@@ -200,20 +211,21 @@ class _Wire(asyncio.Protocol):
             self._pass_on()
             raise NoAnswer("overrun", "65535 requests are on the way")
         answer: asyncio.Future[bytes] = self._loop.create_future()
-        self._waiting[tid] = (unit, answer)
-        timer = self._loop.call_later(timeout_s, self._expire, unit, answer, timeout_s)
+        now_s = self._loop.time()
+        self._waiting[tid] = _Asked(unit, answer, now_s + timeout_s, timeout_s)
+        if self._alarm is None or now_s + timeout_s < self._alarm_s:
+            self._set_alarm(now_s + timeout_s)
         if unit in self._silent:
             self._pass_on()
         else:
             self._holder = tid
-            self._held_since = self._loop.time()
+            self._held_since = now_s
         try:
             self._transport.write(self._framer.encode(pdu, unit, tid))
             got = await answer
             self._silent.discard(unit)
             return got
         finally:
-            timer.cancel()
             del self._waiting[tid]
             if self._holder == tid:
                 self._pass_on()
@@ -245,9 +257,23 @@ class _Wire(asyncio.Protocol):
                 following.set_result(True)
                 return
 
+    def _set_alarm(self, at_s: float) -> None:
+        """Look for what is overdue then: one timer for the wire, since one for each request costs 3 % of all."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm, self._alarm_s = self._loop.call_at(at_s, self._look), at_s
+
+    def _look(self) -> None:
+        self._alarm = None
+        now_s = self._loop.time()
+        for unit, answer, due_s, timeout_s in list(self._waiting.values()):
+            if due_s <= now_s and not answer.done():
+                self._expire(unit, answer, timeout_s)
+        later = [asked.due_s for asked in self._waiting.values() if asked.due_s > now_s]
+        if later:
+            self._set_alarm(min(later))
+
     def _expire(self, unit: int, answer: asyncio.Future[bytes], timeout_s: float) -> None:
-        if answer.done():
-            return
         self._silent.add(unit)
         self._unanswered += 1
         answer.set_exception(NoAnswer("timeout", f"no answer in {timeout_s} s"))
@@ -265,12 +291,15 @@ class _Wire(asyncio.Protocol):
     def fail(self, error: DeviceError) -> None:
         """End the connection, with what it has not delivered; every request on the way gets the error."""
         self.open = False
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
         if self._transport is not None:
             delivery.discard(self._transport)
             self._transport.abort()
-        for _, answer in self._waiting.values():
-            if not answer.done():
-                answer.set_exception(error)
+        for asked in self._waiting.values():
+            if not asked.answer.done():
+                asked.answer.set_exception(error)
 
 
 def _wake(waiting: asyncio.Future[bool]) -> None:
