@@ -12,12 +12,15 @@ from typing import Any
 import apsw
 import pytest
 from field import field
-from gateway_rig import config, device, gateway, toml, until
-from journal_rig import Hand, event, kept, scan
+from gateway_rig import TAGS, config, device, gateway, toml, until
+from journal_rig import MIB, Hand, event, kept, scan
 from journal_rig import config as journal_config
 from rig import ROOT, Process, free_port, mosquitto
+from test_journal_thin import fill
 
 from edgegw import __version__
+from edgegw.domain.batch import Kind
+from edgegw.domain.ranges import Ranges
 from edgegw.domain.record import Scan
 
 COMMANDS = ("run", "check", "demo", "sim", "status", "read", "browse", "journal", "size", "receive")
@@ -246,6 +249,35 @@ def test_status_does_not_take_another_gateways_word(tmp_path: Path) -> None:
     assert "not running" in out
 
 
+async def test_status_shows_windows_from_the_daemon_or_without(tmp_path: Path) -> None:
+    window = {"of": ["m.n"], "size": "200ms", "agg": ["mean"]}
+    async with field() as meter:
+        http = {"http": f"127.0.0.1:{free_port()}"}
+        rule = {"when": "load.mean > 1e9", "do": {"m.out": "1.0"}}
+        tags = TAGS | {"out": {"address": "holding:4", "type": "float32", "writable": True}}
+        meters = {"m": device(meter.port, tags=tags)}
+        made = config(free_port(), meters, window={"load": window}, rule={"heavy": rule}, status=http)
+        path = written(tmp_path, made)
+        _, out, _ = await arun("status", "-c", path)
+        assert ["load", "-", "-", "0"] in [line.split() for line in out.splitlines()]
+        with gateway(tmp_path, made) as daemon:
+            await until(lambda: daemon.said("gateway site-7"), "the start")
+            ends = []
+            while not ends:
+                _, out, _ = await arun("status", "--json", "-c", path)
+                ends = [end for end in [json.loads(out)["windows"]["load"]["end"]] if end]
+                assert meter.counts[1] < 1000, out
+            _, out, _ = await arun("status", "-c", path)
+            (line,) = [line.split() for line in out.splitlines() if "load " in line]
+            assert len(line) == 5
+            assert ["heavy", "off"] in [line.split()[:2] for line in out.splitlines()]
+            assert line[3].endswith("%")
+            daemon.send(signal.SIGTERM)
+            assert (await asyncio.to_thread(daemon.end))[0] == 0
+    _, out, _ = run("status", "--json", "-c", path)
+    assert json.loads(out)["windows"]["load"]["end"] is None
+
+
 @pytest.fixture
 def journaled(tmp_path: Path) -> tuple[Path, Hand]:
     """A configuration and its journal, closed."""
@@ -382,6 +414,52 @@ def test_journal_verify_knows_of_gaps(tmp_path: Path) -> None:
     code, out, _ = run("journal", "verify", "-c", written(tmp_path, config(1, {})))
     assert code == 0, out
     assert "gap: records 1 to " in out
+
+
+@pytest.fixture
+def thinned(tmp_path: Path) -> tuple[Path, Hand]:
+    """A configuration and its journal, which has been full."""
+    hand = Hand(tmp_path / "journal.db", journal_config(4 * MIB, when_full="thin"), max_message=16 * 1024)
+    fill(hand, 4.5 * MIB)
+    hand.close()
+    return written(tmp_path, config(1, {})), hand
+
+
+def test_journal_verify_knows_of_summaries_and_finds_what_is_wrong_with_them(
+    thinned: tuple[Path, Hand],
+) -> None:
+    path, hand = thinned
+    held = kept(hand.path)
+    short = [batch for batch in held.batches.values() if batch.kind is Kind.SUMMARY]
+    code, out, _ = run("journal", "verify", "-c", path)
+    assert (code, out.splitlines()[-1]) == (0, "the chain holds"), out
+    code, out, _ = run("journal", "verify", "--json", "-c", path)
+    found = json.loads(out)
+    assert (found["ok"], found["from"], found["to"], found["gaps"]) == (True, 1, held.head, [])
+    assert found["thinned"] == list(map(list, Ranges((batch.seq, batch.last) for batch in short)))
+    gone, flipped = short[3], short[8]
+    db = apsw.Connection(str(hand.path))
+    db.execute("DELETE FROM batch WHERE seq = ?", (gone.seq,))
+    db.execute("UPDATE batch SET packed = zeroblob(length(packed)) WHERE seq = ?", (flipped.seq,))
+    db.close()
+    code, out, _ = run("journal", "verify", "--json", "-c", path)
+    found = json.loads(out)
+    assert (code, found["ok"], found["breaks"]) == (1, False, [])
+    assert (found["damaged"], found["missing"]) == ([flipped.seq], [[gone.seq, gone.last]])
+
+
+def test_journal_tail_shows_what_summaries_come_to(thinned: tuple[Path, Hand]) -> None:
+    path, hand = thinned
+    held = kept(hand.path)
+    batch = next(batch for batch in held.batches.values() if batch.kind is Kind.SUMMARY)
+    first = json.loads(held.bodies[batch.seq])["records"][0]
+    _, out, _ = run("journal", "tail", "-n", "100000", "--json", "-c", path)
+    found = next(record for record in json.loads(out) if record["seq"] == batch.seq)
+    assert found == {"seq": batch.seq, "last": batch.last, "period": 60, **first}
+    _, out, _ = run("journal", "tail", "-n", "100000", "-c", path)
+    line = next(line for line in out.splitlines() if line.lstrip().startswith(f"{batch.seq}-{batch.last} "))
+    of = first["values"]["t0"]
+    assert f"  {first['device']}, 60 s  t0 {of['mean']:g} ({of['min']:g} to {of['max']:g}, last " in line
 
 
 async def test_journal_commands_work_while_the_gateway_runs(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`edgegw status`: from the running daemon, else from the journal."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
@@ -11,6 +12,8 @@ import click
 from edgegw.cli.options import config_option, json_option, load_config, print_json
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from edgegw.config.schema import Config
 
 ASK_S = 3.0
@@ -20,7 +23,7 @@ ASK_S = 3.0
 @config_option
 @json_option
 def command(config_path: Path | None, as_json: bool) -> None:
-    """Show link, backlog and devices, from the running gateway or, if it is not, from its journal."""
+    """Show link, backlog, devices, rules and windows, from the running gateway or, if it is not, from its journal."""
     config, path = load_config(config_path)
     snapshot = _from_daemon(config) or _from_journal(config, path)
     if as_json:
@@ -73,6 +76,10 @@ def _from_journal(config: "Config", path: Path) -> dict[str, Any]:
             for name in config.device
         },
         "rules": {},
+        "windows": {
+            name: {"end": None, "coverage": None, "late": 0, "early": 0, "reading_back": False}
+            for name in config.window
+        },
         "readings": 0,
     }  # fmt: skip
 
@@ -97,3 +104,34 @@ def _show(snapshot: dict[str, Any]) -> None:
         state = device["state"] + (f" ({device['reason']})" if device["reason"] else "")
         table.add_row(name, state, f"{device['scans']:,}", f"{device['errors']:,}", f"{device['skipped']:,}")
     console.print(table)
+    if rules := snapshot.get("rules"):
+        console.print()
+        console.print(_rules(rules))
+    if windows := snapshot.get("windows"):  # a daemon of an earlier version does not say
+        console.print()
+        console.print(_windows(windows))
+
+
+def _rules(rules: dict[str, Any]) -> "Table":
+    from rich.table import Table
+
+    table = Table("rule", "state", "since", box=None)
+    for name, rule in rules.items():
+        state = "on" if rule["active"] else "off"
+        table.add_row(name, state + (" (undecided)" if rule.get("undecided") else ""), _when(rule["since"]))
+    return table
+
+
+def _windows(windows: dict[str, Any]) -> "Table":
+    from rich.table import Table
+
+    table = Table("window", "until", "coverage", "late", box=None)
+    for name, window in windows.items():
+        coverage = "-" if window["coverage"] is None else f"{window['coverage']:.1%}"
+        until = _when(window["end"]) + (" (its history is being read)" if window["reading_back"] else "")
+        table.add_row(name, until, coverage, f"{window['late']:,}")
+    return table
+
+
+def _when(ts: int | None) -> str:
+    return "-" if ts is None else f"{datetime.fromtimestamp(ts / 1000, UTC):%Y-%m-%d %H:%M:%S}"

@@ -10,9 +10,16 @@ import msgspec
 
 from edgegw.cli.options import config_option, json_option, open_journal, print_json
 from edgegw.domain import batch as batches
-from edgegw.domain.batch import Gap, Kind, Link
+from edgegw.domain.batch import Batch, Gap, Kind, Link
+from edgegw.domain.ranges import Ranges
 from edgegw.errors import JournalDamaged
 from edgegw.journal.wear import Wear
+from edgegw.receiver.dedupe import Key, NamedGap
+from edgegw.receiver.wire import PERIOD_S, link, read_gap
+
+
+class _Events(msgspec.Struct):
+    records: list[msgspec.Raw]
 
 
 @click.command("stat")
@@ -76,11 +83,11 @@ def tail(count: int, config_path: Path | None, as_json: bool) -> None:
     newest_first: list[dict[str, Any]] = []
     for batch in walk_back(reader):
         try:
-            records = msgspec.json.decode(unpack(batch))["records"]
+            content = msgspec.json.decode(unpack(batch))
         except JournalDamaged as error:
             click.echo(f"warning: {error}; it is left out", err=True)
             continue
-        newest_first += ({"seq": batch.seq + i, **records[i]} for i in reversed(range(len(records))))
+        newest_first += reversed(list(_numbered(batch, content)))
         if len(newest_first) >= count:
             break
     reader.close()
@@ -91,7 +98,32 @@ def tail(count: int, config_path: Path | None, as_json: bool) -> None:
     for record in shown:
         when = datetime.fromtimestamp(record.pop("ts") / 1000, UTC).isoformat(timespec="milliseconds")
         seq, what = record.pop("seq"), record.pop("device", None) or record.pop("event", "")
-        click.echo(f"{seq:>10}  {when}  {what}  {msgspec.json.encode(record.get('values', record)).decode()}")
+        said = msgspec.json.encode(record.get("values", record)).decode()
+        if "period" in record and "values" in record:
+            seq, what = f"{seq}-{record['last']}", f"{what}, {record['period']} s"
+            said = ", ".join(_figures(tag, of) for tag, of in record["values"].items())
+        click.echo(f"{seq:>10}  {when}  {what}  {said}")
+
+
+def _numbered(batch: Batch, content: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the records of a batch with their seqs; those of a summary stand for all of its seqs together."""
+    if batch.kind is Kind.SUMMARY:
+        of = {"seq": batch.seq, "last": batch.last, "period": content.get("period", PERIOD_S)}
+        yield from (of | record for record in content["records"])
+    else:
+        yield from ({"seq": seq} | record for seq, record in enumerate(content["records"], batch.seq))
+
+
+def _figures(tag: str, of: dict[str, Any]) -> str:
+    """Return a tag's figures of a period, as in `kw 1.5 (1 to 2, last 2, of 60)`."""
+    mean, low, high, last = (_short(of.get(name)) for name in ("mean", "min", "max", "last"))
+    if of.get("mean") is None:
+        return f"{tag} {last} (last of {of.get('count')})"
+    return f"{tag} {mean} ({low} to {high}, last {last}, of {of.get('count')})"
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else msgspec.json.encode(value).decode()
 
 
 @click.command("verify")
@@ -102,51 +134,62 @@ def verify(config_path: Path | None, as_json: bool) -> None:
     from edgegw.journal.store import unpack, walk
 
     reader, _ = open_journal(config_path)
-    damaged: list[int] = []
+    seen: list[tuple[int, int]] = []
+    damaged: list[Gap] = []
     gaps: list[Gap] = []
+    thinned = Ranges()
     links: list[Link] = []
     for batch in walk(reader):
+        seen.append((batch.seq, batch.last))
         try:
             body = unpack(batch)
-            message = batches.decode(body)
-        except (JournalDamaged, msgspec.DecodeError):
-            damaged.append(batch.seq)
-            links.append(Link(batch.seq, batch.last, b"", batch.digest))
+            found = link(batches.decode(body), batch.digest)
+        except (JournalDamaged, ValueError):
+            damaged.append(Gap(batch.seq, batch.last, None))
             continue
-        if batch.kind is Kind.EVENT:
-            gaps += _gaps(body, reader.stream)
-        links.append(Link(batch.seq, batch.last, bytes.fromhex(message.prev), batch.digest))
+        links.append(found._replace(summary=False))  # in a journal nothing stands beside a summary
+        for gap in _gaps(body, reader.stream) if batch.kind is Kind.EVENT else ():
+            if gap.thinned:
+                thinned.add(gap.first, gap.last)
+            else:
+                gaps.append(gap.link())
     settled = reader.acked()
-    first = links[0].first if links else 1
-    report = batches.verify(links, gaps, first=first)
+    reader.close()
+    first = seen[0][0] if seen else 1
+    report = batches.verify(links, [*damaged, *gaps], first=first)
     missing = [*settled.gaps(1, first - 1), *(hole for hole in report.missing if not settled.covers(*hole))]
-    breaks = [seq for seq in report.breaks if seq not in damaged]
-    ok = not (damaged or missing or breaks)
+    ok = not (damaged or missing or report.breaks)
     if as_json:
         print_json({
-            "ok": ok, "stream": reader.stream, "batches": report.links, "from": links[0].first if links else 0,
-            "to": links[-1].last if links else 0, "damaged": damaged, "missing": missing, "breaks": breaks,
-            "gaps": [[gap.first, gap.last] for gap in gaps],
+            "ok": ok, "stream": reader.stream, "batches": len(seen), "from": seen[0][0] if seen else 0,
+            "to": seen[-1][1] if seen else 0, "damaged": [gap.first for gap in damaged], "missing": missing,
+            "breaks": report.breaks, "gaps": [gap[:2] for gap in gaps], "thinned": list(thinned),
         })  # fmt: skip
     else:
-        span = f"records {links[0].first:,} to {links[-1].last:,}" if links else "no records yet"
-        click.echo(f"stream {reader.stream}: {report.links:,} batches, {span}")
-        for gap in gaps:
-            click.echo(f"gap: records {gap.first} to {gap.last} are gone, as an event says")
-        for seq in damaged:
-            click.echo(f"damaged: the batch at {seq} does not give its hash")
-        for first, last in missing:
-            click.echo(f"missing: records {first} to {last}, and nothing says why")
-        for seq in breaks:
+        span = f"records {seen[0][0]:,} to {seen[-1][1]:,}" if seen else "no records yet"
+        click.echo(f"stream {reader.stream}: {len(seen):,} batches, {span}")
+        for lost in gaps:
+            click.echo(f"gap: records {lost.first} to {lost.last} are gone, as an event says")
+        if thinned:
+            within = f"{min(thinned)[0]:,} to {max(thinned)[1]:,}"
+            click.echo(
+                f"thinned: {thinned.total():,} records within {within} became summaries, as events say"
+            )
+        for gone in damaged:
+            click.echo(f"damaged: the batch at {gone.first} does not give its hash")
+        for begin, end in missing:
+            click.echo(f"missing: records {begin} to {end}, and nothing says why")
+        for seq in report.breaks:
             click.echo(f"broken: the batch at {seq} does not follow from the one before")
         click.echo("the chain holds" if ok else "the journal is not sound")
-    reader.close()
     if not ok:
         raise click.exceptions.Exit(1)
 
 
-def _gaps(body: bytes, stream: str) -> Iterator[Gap]:
+def _gaps(body: bytes, stream: str) -> Iterator[NamedGap]:
     """Yield the gaps of this stream that an event batch names."""
-    for record in msgspec.json.decode(body)["records"]:
-        if record.get("event") == "gap" and record.get("stream", stream) == stream and "last_prev" in record:
-            yield Gap(record["from"], record["to"], bytes.fromhex(record["last_prev"]))
+    for raw in msgspec.json.decode(body, type=_Events).records:
+        if msgspec.json.decode(raw)["event"] == "gap":
+            of, gap = read_gap(Key("", stream), bytes(raw))
+            if of.stream == stream:
+                yield gap
