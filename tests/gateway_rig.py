@@ -16,9 +16,10 @@ from paho.mqtt.enums import CallbackAPIVersion
 from rig import DEADLINE_S, MOSQUITTO, PROTOCOL, Process
 
 from edgegw.domain import batch as batches
-from edgegw.domain.batch import Gap, Link
+from edgegw.domain.batch import Gap
 from edgegw.domain.ranges import Ranges
 from edgegw.journal.store import Reader
+from edgegw.receiver.wire import link
 
 TAGS = {"n": {"address": "holding:0", "type": "uint32"}, "f": {"address": "holding:2", "type": "float32"}}
 
@@ -174,9 +175,9 @@ def union(messages: list[Message]) -> Union:
 def chain(bodies: dict[int, bytes]) -> batches.ChainReport:
     """Verify a chain from the messages alone."""
     links, gaps = [], []
-    for seq, body in sorted(bodies.items()):
+    for _, body in sorted(bodies.items()):
         message = batches.decode(body)
-        links.append(Link(seq, seq + message.count - 1, bytes.fromhex(message.prev), batches.digest(body)))
+        links.append(link(message, batches.digest(body)))
         gaps += [
             Gap(record["from"], record["to"], bytes.fromhex(record["last_prev"]))
             for record in json.loads(body)["records"]
