@@ -305,10 +305,21 @@ async def test_a_subscription_gone_silent_is_made_anew(field: Field, monkeypatch
     monkeypatch.setattr(connection, "KEEP_ALIVE_S", 0.2)
     async with OpcUaDriver("plant", config(field.url)) as driver:
         await values_once(driver, set(EVERY))
-        await field.tell(forget=True)
+        await field.tell(hush=True)
         error = await error_of(driver)
         assert error.reason == "timeout"
         assert "silent" in str(error)
+        assert (await working(driver))[0].values == EVERY
+
+
+async def test_a_subscription_that_the_server_has_forgotten_is_made_anew(
+    field: Field, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "KEEP_ALIVE_S", 0.2)
+    async with OpcUaDriver("plant", config(field.url)) as driver:
+        await values_once(driver, set(EVERY))
+        await field.tell(forget=True)
+        assert (await error_of(driver)).reason in ("no-subscription", "timeout"), "whether it says so or not"
         assert (await working(driver))[0].values == EVERY
 
 
@@ -582,6 +593,9 @@ async def serve(port: int, read_limit: int, items_limit: int) -> None:
                 done = calls
             elif "sessions" in command:
                 done = len(server.iserver._external_sessions)
+            elif "hush" in command:
+                for silenced in server.iserver.subscription_service.subscriptions.values():
+                    await silenced.stop()
             elif "forget" in command:
                 service = server.iserver.subscription_service
                 await service.delete_subscriptions(list(service.subscriptions))

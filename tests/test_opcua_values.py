@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from edgegw.config.schema import OpcUaTag
 from edgegw.domain.record import Scan
 from edgegw.drivers.opcua import values
+from edgegw.drivers.opcua.block import Points, block_of
 from edgegw.drivers.opcua.values import Reading
 
 V = ua.VariantType
@@ -134,36 +135,37 @@ def test_a_source_time_is_whole_milliseconds_utc(sent: datetime | None, ts_ms: i
     assert values.decode(tag, ua.DataValue(ua.Variant(1), SourceTimestamp=sent)).ts_ms == ts_ms
 
 
-def good(value: Any, ts_ms: int | None) -> Reading:
-    return Reading(value, None, ts_ms)
+def sent(value: Any, ts_ms: int | None, status: int = 0) -> ua.DataValue:
+    at = None if ts_ms is None else datetime.fromtimestamp(ts_ms / 1000, UTC)
+    return ua.DataValue(ua.Variant(value), StatusCode=ua.StatusCode(status), SourceTimestamp=at)
 
 
-GROUPED: list[tuple[str, bool, list[tuple[str, Reading]], list[Scan]]] = [
+GROUPED: list[tuple[str, bool, list[tuple[str, ua.DataValue]], list[Scan]]] = [
     ("nothing", True, [], []),
     (
         "one scan for each source time, in order",
         True,
-        [("a", good(1, 20)), ("b", good(2, 10)), ("c", good(3, 20))],
+        [("a", sent(1, 20)), ("b", sent(2, 10)), ("c", sent(3, 20))],
         [Scan(10, "d", {"b": 2}), Scan(20, "d", {"a": 1, "c": 3})],
     ),
     (
         "no source time: the gateway's",
         True,
-        [("a", good(1, 20)), ("b", good(2, None))],
+        [("a", sent(1, 20)), ("b", sent(2, None))],
         [Scan(20, "d", {"a": 1}), Scan(99, "d", {"b": 2})],
     ),
-    ("gateway time", False, [("a", good(1, 20)), ("b", good(2, 10))], [Scan(99, "d", {"a": 1, "b": 2})]),
+    ("gateway time", False, [("a", sent(1, 20)), ("b", sent(2, 10))], [Scan(99, "d", {"a": 1, "b": 2})]),
     (
         "several values of a tag at one time are all kept, in order",
         False,
-        [("a", good(1, 20)), ("b", good(5, 20)), ("a", good(2, 21)), ("a", good(3, 22))],
+        [("a", sent(1, 20)), ("b", sent(5, 20)), ("a", sent(2, 21)), ("a", sent(3, 22))],
         [Scan(99, "d", {"a": 1, "b": 5}), Scan(99, "d", {"a": 2}), Scan(99, "d", {"a": 3})],
     ),
     (
         "quality stands by tag",
         False,
-        [("a", Reading(None, "bad:x", 20)), ("b", good(2, 20))],
-        [Scan(99, "d", {"a": None, "b": 2}, {"a": "bad:x"})],
+        [("a", sent(1, 20, ua.StatusCodes.BadNoData)), ("b", sent(2, 20))],
+        [Scan(99, "d", {"a": None, "b": 2}, {"a": "bad:no-data"})],
     ),
 ]
 
@@ -172,9 +174,11 @@ GROUPED: list[tuple[str, bool, list[tuple[str, Reading]], list[Scan]]] = [
     ("by_source", "readings", "scans"), [c[1:] for c in GROUPED], ids=[c[0] for c in GROUPED]
 )
 def test_readings_become_scans(
-    by_source: bool, readings: list[tuple[str, Reading]], scans: list[Scan]
+    by_source: bool, readings: list[tuple[str, ua.DataValue]], scans: list[Scan]
 ) -> None:
-    assert values.group("d", readings, 99, by_source=by_source) == scans
+    tags = {name: OpcUaTag.model_validate({"address": "i=1"}) for name in "abc"}
+    found = block_of([list(tags).index(name) for name, _ in readings], [data for _, data in readings])
+    assert Points("d", tags).scans(found, 99, by_source=by_source) == scans
 
 
 WRONG_NODE_IDS = [

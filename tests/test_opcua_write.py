@@ -122,6 +122,11 @@ def test_what_a_node_or_its_tag_cannot_hold_is_refused(
     assert caught.value.reason == reason
 
 
+def single(value: float) -> float:
+    """Return a number as a Float on the wire holds it."""
+    return float(struct.unpack("f", struct.pack("f", value))[0])
+
+
 INTEGERS = {V.SByte: 8, V.Int16: 16, V.UInt16: 16, V.Int32: 32, V.UInt32: 32, V.Int64: 50, V.Byte: 8}
 
 
@@ -146,7 +151,7 @@ def test_what_is_read_is_written_back_as_it_was(
     assert isinstance(value, int | float)
     back = writing.encode(point, value, kind).Value
     if kind in INTEGERS or (scale, offset) == (1.0, 0.0):
-        assert back == raw
+        assert (single(back) if kind == V.Float else back) == raw
     else:
         exact = (Fraction(value) - Fraction(offset)) / Fraction(scale)
         assert back == float(exact)
@@ -256,13 +261,12 @@ async def connected(field: Field, mode: str = "poll", url: str = "") -> AsyncIte
 
 @MODES
 async def test_the_type_of_each_node_is_kept_and_the_value_read_back(field: Field, mode: str) -> None:
-    tenth = struct.unpack("f", struct.pack("f", 0.1))[0]
     async with connected(field, mode) as driver:
         assert await driver.write("int16", 12.4) == 12
         assert await driver.write("scaled", -12.3) == pytest.approx(-12.3)
         assert await driver.write("byte", 255) == 255
         assert await driver.write("uint64", 2**64 - 1) == 2**64 - 1
-        assert await driver.write("float", 0.1) == tenth
+        assert await driver.write("float", 0.1) == 0.1
         assert await driver.write("double", 7) == 7.0
         assert await driver.write("boolean", True) is True
         assert await driver.write("string", "Zähler") == "Zähler"
@@ -271,7 +275,7 @@ async def test_the_type_of_each_node_is_kept_and_the_value_read_back(field: Fiel
             ["Int16", "Int16", -123],
             ["Byte", "Byte", 255],
             ["UInt64", "UInt64", 2**64 - 1],
-            ["Float", "Float", tenth],
+            ["Float", "Float", single(0.1)],
             ["Double", "Double", 7.0],
             ["Boolean", "Boolean", True],
             ["String", "String", "Zähler"],

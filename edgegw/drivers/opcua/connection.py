@@ -15,13 +15,16 @@ from urllib.parse import urlsplit, urlunsplit
 
 from asyncua import ua
 from asyncua.client.client import Client
+from asyncua.common.utils import Buffer
 from asyncua.ua.attribute_ids import AttributeIds
 from asyncua.ua.object_ids import ObjectIds
-from asyncua.ua.uaerrors import UaStatusCodeError
+from asyncua.ua.ua_binary import struct_from_binary
+from asyncua.ua.uaerrors import BadTimeout, UaStatusCodeError
 
 from edgegw import clock
 from edgegw.drivers import delivery
-from edgegw.drivers.opcua import failures, values, writing
+from edgegw.drivers.opcua import failures, request, values, wire, writing
+from edgegw.drivers.opcua.block import Block, joined
 from edgegw.errors import BadAnswer, DeviceError, NoAnswer, NotConnected
 
 PORT = 4840
@@ -38,8 +41,8 @@ LIFETIME_S = 60.0
 _CONNECT_STEPS = 5
 _T = TypeVar("_T")
 
-Published = Callable[[list[tuple[int, ua.DataValue]]], None]
-"""Takes what the server published: the place of the node in the list subscribed to, and its value."""
+Published = Callable[[Block], None]
+"""Takes what the server published, by the places of the nodes in the list subscribed to."""
 
 
 class Connection:
@@ -56,6 +59,7 @@ class Connection:
         self._silent_after_s = math.inf
         self._heard_s = math.inf
         self._sequence: int | None = None
+        self._publishing: asyncio.Task[None] | None = None
         self._types: dict[ua.NodeId, ua.VariantType] = {}
         self.read_limit = CALL_NODES
         self.items_limit = CALL_NODES
@@ -86,6 +90,17 @@ class Connection:
                     self._distrust(f"found {len(answer)} values; expected {len(chunk)}")
                 found += answer
         return found
+
+    async def poll(self, nodes: Sequence[bytes]) -> Block:
+        """Read the values of nodes as `request` encodes them; raise DeviceError."""
+        blocks = []
+        with self._errors("reading"):
+            for chunk in _chunks(nodes, self.read_limit):
+                block = wire.read_response(await self._ask(request.read_request(chunk)))
+                if len(block.raws) != len(chunk):
+                    self._distrust(f"found {len(block.raws)} values; expected {len(chunk)}")
+                blocks.append(block)
+        return joined(blocks)
 
     async def node_type(self, node: ua.NodeId) -> ua.VariantType:
         """Return the type in which a node is written, asked once; raise DeviceError."""
@@ -121,33 +136,33 @@ class Connection:
         self, nodes: Sequence[ua.NodeId], every_s: float, published: Published
     ) -> list[ua.StatusCode]:
         """Have the server publish the nodes' changes; return the status of each node, raise DeviceError."""
-        session = self._client.uaclient.session
         statuses: list[ua.StatusCode] = []
-
-        def heard(result: ua.PublishResult) -> None:
-            self._heard(result, published)
-
         with self._errors("subscribing"):
             every_ms = every_s * 1000.0
-            subscription = await session.create_subscription(
-                ua.CreateSubscriptionParameters(
+            wanted = ua.CreateSubscriptionRequest(
+                Parameters=ua.CreateSubscriptionParameters(
                     RequestedPublishingInterval=ua.Double(every_ms),
                     RequestedMaxKeepAliveCount=ua.UInt32(max(1, math.ceil(KEEP_ALIVE_S / every_s))),
                     RequestedLifetimeCount=ua.UInt32(max(10, math.ceil(LIFETIME_S / every_s))),
-                ),
-                heard,
+                )
             )
+            answer = struct_from_binary(ua.CreateSubscriptionResponse, Buffer(await self._ask(wanted)))
+            answer.ResponseHeader.ServiceResult.check()
+            subscription = answer.Parameters
             interval_s = subscription.RevisedPublishingInterval / 1000.0
             self._silent_after_s = (
                 subscription.RevisedMaxKeepAliveCount + 1
             ) * interval_s + 2 * self._timeout_s
             self._heard_s = clock.mono_s()
+            publishing = self._publish(subscription.SubscriptionId, len(nodes), published)
+            self._publishing = asyncio.create_task(publishing, name="opcua publish")
+            self._publishing.add_done_callback(lambda _: self._gone.set())
             for chunk in _chunks(range(len(nodes)), self.items_limit):
-                request = ua.CreateMonitoredItemsParameters(
+                items = ua.CreateMonitoredItemsParameters(
                     SubscriptionId=subscription.SubscriptionId,
                     ItemsToCreate=[_item(nodes[place], place, every_ms) for place in chunk],
                 )
-                results = await session.create_monitored_items(request)
+                results = await self._client.uaclient.session.create_monitored_items(items)
                 if len(results) != len(chunk):
                     self._distrust(f"found {len(results)} monitored items; expected {len(chunk)}")
                 statuses += [result.StatusCode for result in results]
@@ -181,6 +196,8 @@ class Connection:
     async def lost(self) -> DeviceError:
         """Wait until the connection is lost; return why."""
         while self._failure is None:
+            if self._publishing is not None and self._publishing.done():
+                self._publishing.result()
             left_s = self._heard_s + self._silent_after_s - clock.mono_s()
             try:
                 async with asyncio.timeout(None if math.isinf(left_s) else max(0.0, left_s)):
@@ -211,14 +228,17 @@ class Connection:
             await asyncio.sleep(0)
         # in a task of its own: asyncua swallows a cancellation that comes while it winds up its tasks
         closing = asyncio.create_task(self._client.disconnect())
+        ending = [closing] if self._publishing is None else [closing, self._publishing]
         try:
-            await asyncio.wait([closing], timeout=self._timeout_s)
+            if self._publishing is not None:
+                self._publishing.cancel()
+            await asyncio.wait(ending, timeout=self._timeout_s)
         finally:
             if transport is not None:
                 delivery.discard(transport)
                 transport.abort()
             closing.cancel()
-            await asyncio.wait([closing])
+            await asyncio.wait(ending)
             with contextlib.suppress(asyncio.CancelledError, *failures.FOREIGN):
                 closing.result()  # the server forgets the session by itself after SESSION_S
 
@@ -257,25 +277,48 @@ class Connection:
     async def _health_lost(self, error: Exception) -> None:
         self.lose(failures.ours(error, "waiting", self._timeout_s))
 
-    def _heard(self, result: ua.PublishResult, published: Published) -> None:
-        self._heard_s = clock.mono_s()
-        message = result.NotificationMessage
-        if self._failure is not None or not message.NotificationData:
+    async def _ask(self, asked: object, timeout_s: float | None = None) -> bytes:
+        """Return the body of the answer to a request; raise failures.FOREIGN. A timeout of 0 is none."""
+        protocol = self._client.uaclient.protocol
+        if protocol is None:
+            raise ConnectionError("the connection is not open")
+        return bytes(await protocol.send_request(asked, timeout_s))
+
+    async def _publish(self, subscription: int, count: int, published: Published) -> None:
+        """Take what the server publishes until the connection is lost."""
+        heard: list[ua.SubscriptionAcknowledgement] = []
+        while self._failure is None:
+            asked = ua.PublishRequest(Parameters=ua.PublishParameters(SubscriptionAcknowledgements=heard))
+            heard = []
+            try:
+                found = wire.publish_response(await self._ask(asked, timeout_s=0.0))
+            except BadTimeout:
+                continue  # this server does not hold a request for longer
+            except failures.FOREIGN as error:
+                self.lose(failures.ours(error, "waiting", self._timeout_s))
+                break
+            self._heard_s = clock.mono_s()
+            if found.subscription == subscription and not found.empty and self._failure is None:
+                heard = [
+                    ua.SubscriptionAcknowledgement(ua.IntegerId(subscription), ua.Counter(found.sequence))
+                ]
+                self._heard(found, count, published)
+
+    def _heard(self, found: wire.Publication, count: int, published: Published) -> None:
+        if self._sequence is not None and found.sequence != self._sequence % 0xFFFFFFFF + 1:
+            what = f"found notification {found.sequence} after {self._sequence}"
+            self.lose(BadAnswer("notification-lost", what))
             return
-        if self._sequence is not None and message.SequenceNumber != self._sequence % 0xFFFFFFFF + 1:
-            self.lose(
-                BadAnswer(
-                    "notification-lost", f"found notification {message.SequenceNumber} after {self._sequence}"
-                )
-            )
-            return
-        self._sequence = message.SequenceNumber
-        for notification in message.NotificationData:
-            if isinstance(notification, ua.DataChangeNotification):
-                published([(item.ClientHandle, item.Value) for item in notification.MonitoredItems or ()])
-            elif isinstance(notification, ua.StatusChangeNotification) and not notification.Status.is_good():
-                why = values.reason(notification.Status.value)
-                self.lose(NotConnected(why, f"the server ended the subscription: {why}"))
+        self._sequence = found.sequence
+        for block in found.changes:
+            if max(block.places, default=0) >= count:
+                what = f"found item {max(block.places)}; expected one of {count}"
+                self.lose(BadAnswer("bad-answer", what))
+                return
+            published(block)
+        if found.ended:
+            why = values.reason(found.ended)
+            self.lose(NotConnected(why, f"the server ended the subscription: {why}"))
 
     @contextlib.contextmanager
     def _errors(self, doing: str) -> Iterator[None]:

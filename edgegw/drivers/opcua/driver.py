@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -15,7 +15,8 @@ from edgegw.config.schema import OpcUaDevice, OpcUaTag
 from edgegw.domain import quality
 from edgegw.domain.record import Scan
 from edgegw.domain.tag import Scalar, Value
-from edgegw.drivers.opcua import values, writing
+from edgegw.drivers.opcua import request, values, writing
+from edgegw.drivers.opcua.block import Block, Points, block_of
 from edgegw.drivers.opcua.connection import Connection
 from edgegw.errors import DeviceError, NotConnected, Unconfirmed
 
@@ -25,9 +26,6 @@ RETRY_FIRST_S = 0.2
 RETRY_MOST_S = 5.0
 QUEUE_MOST = 100_000
 """Published readings that may wait to be taken by `scan`."""
-
-_Items = Iterable[tuple[int, ua.DataValue]]
-"""Values with the places of their tags."""
 
 
 class OpcUaDriver:
@@ -41,11 +39,12 @@ class OpcUaDriver:
         self.period_s: float | None = config.every.s if config.mode == "poll" else None
         self._name = name
         self._config = config
-        self._tags = list(config.tags.items())
+        self._points = Points(name, config.tags)
         self._nodes = [ua.NodeId.from_string(tag.address) for tag in config.tags.values()]
+        self._asked = [request.encode_node(node) for node in self._nodes]
         self._where = f"device.{name} ({config.url})"
         self._queue_most = queue_most
-        self._queue: deque[tuple[int, list[tuple[int, ua.DataValue]]] | DeviceError] = deque()
+        self._queue: deque[tuple[int, Block] | DeviceError] = deque()
         self._queued = 0
         self._overflowing: set[str] = set()
         self._connection: Connection | None = None
@@ -104,19 +103,20 @@ class OpcUaDriver:
     async def check(self) -> str:
         """Read all tags once, whatever the mode, and return a line that says what was found."""
         connection = await self._connected()
-        readings = self._readings(enumerate(await self._read(connection)))
-        wrong = [f"{tag} {reading.quality}" for tag, reading in readings if reading.quality is not None]
-        return f"{self._where}: {len(readings)} tags read" + (
+        readings = self._points.readings(await self._read(connection))
+        wrong = [f"{readings.names[i]} {why}" for i, why in readings.qualities.items()]
+        return f"{self._where}: {len(readings.names)} tags read" + (
             f"; not good: {', '.join(wrong)}" if wrong else ""
         )
 
     async def _poll(self) -> Sequence[Scan]:
         connection = await self._connected()
-        return self._scans(clock.wall_ms(), enumerate(await self._read(connection)))
+        now_ms = clock.wall_ms()
+        return self._scans(now_ms, await self._read(connection))
 
-    async def _read(self, connection: Connection) -> list[ua.DataValue]:
+    async def _read(self, connection: Connection) -> Block:
         try:
-            return await connection.read(self._nodes)
+            return await connection.poll(self._asked)
         except DeviceError as error:
             raise self._located(error) from error
 
@@ -140,9 +140,9 @@ class OpcUaDriver:
                 self._queue.popleft()
                 raise self._located(entry)
             self._queue.popleft()
-            now_ms, items = entry
-            self._queued -= len(items)
-            scans += self._scans(now_ms, items)
+            now_ms, block = entry
+            self._queued -= len(block.raws)
+            scans += self._scans(now_ms, block)
         return scans
 
     async def _wait(self) -> None:
@@ -155,16 +155,8 @@ class OpcUaDriver:
         self._news.clear()
         await self._news.wait()
 
-    def _scans(self, now_ms: int, items: _Items) -> list[Scan]:
-        by_source = self._config.timestamp == "source"
-        return values.group(self._name, self._readings(items), now_ms, by_source=by_source)
-
-    def _readings(self, items: _Items) -> list[tuple[str, values.Reading]]:
-        readings = []
-        for place, data in items:
-            name, tag = self._tags[place]
-            readings.append((name, values.decode(tag, data)))
-        return readings
+    def _scans(self, now_ms: int, block: Block) -> list[Scan]:
+        return self._points.scans(block, now_ms, by_source=self._config.timestamp == "source")
 
     async def _keep(self) -> None:
         """Connect, and again whenever the connection is lost, until cancelled."""
@@ -198,30 +190,34 @@ class OpcUaDriver:
             raise error
 
     async def _subscribe(self, connection: Connection) -> None:
-        def published(items: list[tuple[int, ua.DataValue]]) -> None:
-            self._enqueue(connection, items)
+        def published(block: Block) -> None:
+            self._enqueue(connection, block)
 
         statuses = await connection.subscribe(self._nodes, self._config.every.s, published)
-        wrong = [(place, ua.DataValue(StatusCode=s)) for place, s in enumerate(statuses) if not s.is_good()]
+        wrong = {place: ua.DataValue(StatusCode=s) for place, s in enumerate(statuses) if not s.is_good()}
         if wrong:
-            self._enqueue(connection, wrong)
+            self._enqueue(connection, block_of(list(wrong), list(wrong.values())))
 
-    def _enqueue(self, connection: Connection, items: list[tuple[int, ua.DataValue]]) -> None:
-        if self._queued + len(items) > self._queue_most:
-            what = (
-                f"{self._queued + len(items)} readings wait to be taken; expected {self._queue_most} at most"
-            )
+    def _enqueue(self, connection: Connection, block: Block) -> None:
+        waiting = self._queued + len(block.raws)
+        if waiting > self._queue_most:
+            what = f"{waiting} readings wait to be taken; expected {self._queue_most} at most"
             hint = "disconnected: values are lost until the present ones come; make `every` longer"
             connection.lose(NotConnected("overload", f"{what}; {hint}"))
             return
-        self._note_overflow(items)
-        self._queue.append((clock.wall_ms(), items))
-        self._queued += len(items)
+        if any(block.statuses):
+            self._note_overflow(block)
+        self._queue.append((clock.wall_ms(), block))
+        self._queued = waiting
         self._news.set()
 
-    def _note_overflow(self, items: list[tuple[int, ua.DataValue]]) -> None:
-        new = {self._tags[place][0] for place, data in items if values.overflowed(data)} - self._overflowing
-        if new:
+    def _note_overflow(self, block: Block) -> None:
+        lost = {
+            self._points.names[place]
+            for place, status in zip(block.places, block.statuses, strict=True)
+            if status and values.overflowed(status)
+        }
+        if new := lost - self._overflowing:
             self._overflowing |= new
             log.warning(
                 "%s: the server discards unpublished values of %s; a shorter `every` keeps them",

@@ -1,4 +1,4 @@
-"""Turns what an OPC UA server sends into values, qualities and scans.
+"""Turns what an OPC UA server sends into values and qualities.
 
 Status codes are those of OPC UA Part 4, 7.39: the two top bits say good, uncertain or bad.
 """
@@ -6,27 +6,35 @@ Status codes are those of OPC UA Part 4, 7.39: the two top bits say good, uncert
 import math
 import re
 import uuid
-from collections.abc import Iterable
-from datetime import UTC, datetime, timedelta
-from operator import itemgetter
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 from asyncua import ua
 from asyncua.ua.status_codes import code_to_name_doc
 
 from edgegw.config.schema import OpcUaTag
-from edgegw.domain.quality import BAD_TEXT, NOT_A_NUMBER, bad, uncertain
-from edgegw.domain.record import Scan
+from edgegw.domain.quality import BAD_TEXT, NOT_A_NUMBER, bad, is_bad, uncertain
 from edgegw.domain.tag import Scalar, Value
 from edgegw.drivers.decimals import decimals
 
 NO_VALUE = bad("no-value")
 TYPE_MISMATCH = bad("type-mismatch")
 UNSUPPORTED_TYPE = bad("unsupported-type")
+TYPES = {
+    ua.VariantType.SByte: "int8", ua.VariantType.Byte: "uint8", ua.VariantType.Int16: "int16",
+    ua.VariantType.UInt16: "uint16", ua.VariantType.Int32: "int32", ua.VariantType.UInt32: "uint32",
+    ua.VariantType.Int64: "int64", ua.VariantType.UInt64: "uint64", ua.VariantType.Float: "float32",
+    ua.VariantType.Double: "float64", ua.VariantType.Boolean: "bool", ua.VariantType.String: "string",
+}  # fmt: skip
+"""The types of single numbers, booleans and texts, as the contract names them."""
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MEANINGLESS_YEAR = 9999
-_RANGES = {f"{sign}int{bits}": (bits, sign == "") for bits in (8, 16, 32, 64) for sign in ("", "u")}
+_EPOCH, _MEANINGLESS = (ua.datetime_to_win_epoch(datetime(year, 1, 1)) for year in (1970, 9999))
+_TICKS_A_MS = 10_000
+_RANGES = {f"uint{bits}": range(1 << bits) for bits in (8, 16, 32, 64)} | {
+    f"int{bits}": range(-1 << bits - 1, 1 << bits - 1) for bits in (8, 16, 32, 64)
+}
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z][a-z]+|\d+")
+_REASONS = {code: "-".join(_WORD.findall(name)[1:]).lower() for code, (name, _) in code_to_name_doc.items()}
 CODE_BITS = 0xFFFF0000
 """The part of a status that is its code; the rest are flags."""
 _OVERFLOW = 0x0480
@@ -41,81 +49,76 @@ class Reading(NamedTuple):
     ts_ms: int | None
 
 
-class _WrongError(Exception):
+class WrongError(Exception):
     """There is no value; the argument is the quality to give instead."""
+
+
+Raw = Scalar | list[Scalar] | WrongError | None
+"""A value as the server sent it, in a plain form, or why it has none."""
 
 
 def decode(tag: OpcUaTag, data: ua.DataValue) -> Reading:
     """Return what a server said about a tag, scaled, and None with a bad quality where that is no value."""
-    ts_ms = _ms(data.SourceTimestamp)
-    quality = status_quality(data.StatusCode)
-    if quality is not None and quality.startswith("bad:"):
-        return Reading(None, quality, ts_ms)
+    return Reading(*finish(tag, raw(data.Value), status(data)), unix_ms(ticks(data.SourceTimestamp)))
+
+
+def finish(tag: OpcUaTag, sent: Raw, code: int) -> tuple[Value, str | None]:
+    """Return the engineering value of a tag and its quality, by what was sent for it."""
+    quality = status_quality(code)
+    if is_bad(quality):
+        return None, quality
     try:
-        return Reading(_tag_value(tag, plain(data.Value)), quality, ts_ms)
-    except _WrongError as wrong:
-        return Reading(None, str(wrong), ts_ms)
+        return _tag_value(tag, _present(sent)), quality
+    except WrongError as wrong:
+        return None, str(wrong)
 
 
 def shown(data: ua.DataValue) -> str:
     """Return what a server said about any variable, as a line of text."""
-    quality = status_quality(data.StatusCode)
+    quality = status_quality(status(data))
     try:
         text = str(plain(data.Value))
-    except _WrongError as wrong:
+    except WrongError as wrong:
         return str(wrong)
-    return quality if quality and quality.startswith("bad:") else f"{text} ({quality})" if quality else text
+    return quality if quality and is_bad(quality) else f"{text} ({quality})" if quality else text
 
 
-def status_quality(status: ua.StatusCode | None) -> str | None:
-    """Return the quality that a status code stands for; None is good."""
-    if status is None or status.is_good():
+def status(data: ua.DataValue) -> int:
+    """Return the status of a value, 0 if it has none."""
+    return data.StatusCode.value if data.StatusCode is not None else 0
+
+
+def status_quality(code: int) -> str | None:
+    """Return the quality that a status stands for; None is good."""
+    severity = code >> 30
+    if not severity:
         return None
-    make = uncertain if status.is_uncertain() else bad
-    return make(reason(status.value))
+    return (uncertain if severity == 1 else bad)(reason(code))
 
 
 def reason(code: int) -> str:
     """Return the short word for a status code: `node-id-unknown` for BadNodeIdUnknown."""
-    name, _ = code_to_name_doc.get(code & CODE_BITS, ("", ""))
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+|\d+", name)
-    return "-".join(words[1:]).lower() or f"status-{code:08x}"
+    return _REASONS.get(code & CODE_BITS) or f"status-{code:08x}"
 
 
-def overflowed(data: ua.DataValue) -> bool:
+def overflowed(code: int) -> bool:
     """Tell whether the server threw away values of this item that it had before this one."""
-    return data.StatusCode is not None and data.StatusCode.value & _OVERFLOW == _OVERFLOW
+    return code & _OVERFLOW == _OVERFLOW
 
 
-def group(
-    device: str, readings: Iterable[tuple[str, Reading]], now_ms: int, *, by_source: bool
-) -> list[Scan]:
-    """Return readings as scans in the order of their times, one for each millisecond.
-
-    The time is the source's if `by_source` and it gave one, else `now_ms`. A tag that has several values at
-    one time has the later ones in further scans of that time.
-    """
-    scans: dict[tuple[int, int], tuple[dict[str, Value], dict[str, str]]] = {}
-    seen: dict[tuple[int, str], int] = {}
-    for tag, (value, quality, source_ms) in readings:
-        ts_ms = source_ms if by_source and source_ms is not None else now_ms
-        turn = seen.get((ts_ms, tag), 0)
-        seen[ts_ms, tag] = turn + 1
-        values, qualities = scans.setdefault((ts_ms, turn), ({}, {}))
-        values[tag] = value
-        if quality is not None:
-            qualities[tag] = quality
-    return [
-        Scan(key[0], device, values, qualities or None)
-        for key, (values, qualities) in sorted(scans.items(), key=itemgetter(0))
-    ]
+def raw(variant: ua.Variant | None) -> Raw:
+    """Return a variant as a plain value, or why it has none."""
+    try:
+        return plain(variant)
+    except WrongError as wrong:
+        return wrong
 
 
 def plain(variant: ua.Variant | None) -> Scalar | list[Scalar]:
     """Return a variant as a plain value; raise for what has no such form."""
     raw = variant.Value if variant is not None else None
     if raw is None:
-        raise _WrongError(NO_VALUE)
+        raise WrongError(NO_VALUE)
     if variant is not None and variant.VariantType is ua.VariantType.Float:
         several, _ = decimals(raw if isinstance(raw, list) else [raw])
         return list(several) if isinstance(raw, list) else several[0]
@@ -141,19 +144,27 @@ def _scalar(raw: object) -> Scalar:
         case uuid.UUID():
             return str(raw)
         case _:
-            raise _WrongError(UNSUPPORTED_TYPE)
+            raise WrongError(UNSUPPORTED_TYPE)
 
 
 def _text(text: str) -> str:
     if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise _WrongError(BAD_TEXT)  # asyncua keeps bytes that are not UTF-8 as lone surrogates
+        raise WrongError(BAD_TEXT)  # asyncua keeps bytes that are not UTF-8 as lone surrogates
     return text
+
+
+def _present(sent: Raw) -> Scalar | list[Scalar]:
+    if isinstance(sent, WrongError):
+        raise sent
+    if sent is None:
+        raise WrongError(NO_VALUE)
+    return _text(sent) if isinstance(sent, str) else sent
 
 
 def _tag_value(tag: OpcUaTag, raw: Scalar | list[Scalar]) -> Value:
     kind = tag.type.removesuffix("[]")
     if tag.type and isinstance(raw, list) != tag.type.endswith("[]"):
-        raise _WrongError(TYPE_MISMATCH)
+        raise WrongError(TYPE_MISMATCH)
     if isinstance(raw, list):
         return [_finished(tag, _typed(kind, item)) for item in raw]
     return _finished(tag, _typed(kind, raw))
@@ -171,24 +182,30 @@ def _typed(kind: str, raw: Scalar) -> Scalar:
         case (_, int()) if kind in _RANGES and not isinstance(raw, bool):
             if in_range(kind, raw):
                 return raw
-    raise _WrongError(TYPE_MISMATCH)
+    raise WrongError(TYPE_MISMATCH)
 
 
 def in_range(kind: str, raw: int) -> bool:
     """Tell whether an integer type holds a number."""
-    bits, signed = _RANGES[kind]
-    low = -1 << bits - 1 if signed else 0
-    return low <= raw < low + (1 << bits)
+    return raw in _RANGES[kind]
+
+
+def holds(wanted: str, sent: str) -> bool:
+    """Tell whether each finite value of a type that is sent is one of the type that is wanted, as it stands."""
+    if wanted in _RANGES and sent in _RANGES:
+        inner, outer = _RANGES[sent], _RANGES[wanted]
+        return inner[0] in outer and inner[-1] in outer
+    return wanted in ("", sent) or {wanted, sent} == {"float32", "float64"}
 
 
 def _finished(tag: OpcUaTag, raw: Scalar) -> Scalar:
     """Return the engineering value."""
     if tag.scale != 1.0 or tag.offset != 0.0:
         if isinstance(raw, bool | str):
-            raise _WrongError(TYPE_MISMATCH)
+            raise WrongError(TYPE_MISMATCH)
         raw = raw * tag.scale + tag.offset
     if isinstance(raw, float) and not math.isfinite(raw):
-        raise _WrongError(NOT_A_NUMBER)
+        raise WrongError(NOT_A_NUMBER)
     return raw
 
 
@@ -196,11 +213,14 @@ def _aware(at: datetime) -> datetime:
     return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
 
 
-def _ms(at: datetime | None) -> int | None:
-    """Return a time in whole milliseconds since the epoch, None for none and for what stands for none.
+def ticks(at: datetime | None) -> int:
+    """Return a time as it goes over the wire, in 100 ns since 1601; 0 stands for none."""
+    return 0 if at is None else int(ua.datetime_to_win_epoch(at))
+
+
+def unix_ms(at_ticks: int) -> int | None:
+    """Return a time in whole milliseconds since the epoch, None for what stands for none.
 
     A server without a clock sends the null time of 1601 or the last of 9999 (OPC UA Part 6, 5.2.2.5).
     """
-    if at is None or (at := _aware(at)) < _EPOCH or at.year >= _MEANINGLESS_YEAR:
-        return None
-    return (at - _EPOCH) // timedelta(milliseconds=1)
+    return (at_ticks - _EPOCH) // _TICKS_A_MS if _EPOCH <= at_ticks < _MEANINGLESS else None

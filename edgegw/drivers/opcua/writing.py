@@ -12,13 +12,6 @@ from edgegw.domain.tag import Scalar
 from edgegw.drivers.opcua import values
 from edgegw.errors import DeviceError, Refused, Unconfirmed
 
-_WRITABLE = {
-    ua.VariantType.SByte: "int8", ua.VariantType.Byte: "uint8", ua.VariantType.Int16: "int16",
-    ua.VariantType.UInt16: "uint16", ua.VariantType.Int32: "int32", ua.VariantType.UInt32: "uint32",
-    ua.VariantType.Int64: "int64", ua.VariantType.UInt64: "uint64", ua.VariantType.Float: "float32",
-    ua.VariantType.Double: "float64", ua.VariantType.Boolean: "bool", ua.VariantType.String: "string",
-}  # fmt: skip
-"""The types of nodes that can be written, as the contract names types."""
 _NO_NODE = frozenset({
     StatusCodes.BadNodeIdUnknown, StatusCodes.BadNodeIdInvalid, StatusCodes.BadAttributeIdInvalid,
 })  # fmt: skip
@@ -47,8 +40,8 @@ def node_type(value: ua.DataValue, data_type: ua.DataValue) -> ua.VariantType:
     if kind == ua.VariantType.Null:
         declared = data_type.Value.Value if data_type.Value is not None else None
         number = declared.Identifier if isinstance(declared, ua.NodeId) and not declared.NamespaceIndex else 0
-        kind = next((kind for kind in _WRITABLE if kind.value == number), kind)
-    if kind not in _WRITABLE:
+        kind = next((kind for kind in values.TYPES if kind.value == number), kind)
+    if kind not in values.TYPES:
         found = getattr(kind, "name", "a type of its own")
         raise Refused("unsupported-type", f"found {found}; expected a number, a boolean or a string")
     return kind
@@ -62,7 +55,7 @@ def encode(tag: OpcUaTag, value: Scalar, node: ua.VariantType) -> ua.Variant:
     """
     if tag.type.endswith("[]"):
         raise Refused("array", "found an array; expected a single value")
-    held = _WRITABLE[node]
+    held = values.TYPES[node]
     raw = _raw(tag, value)
     for kind in filter(None, (tag.type, held)):
         raw = _as(kind, raw, value)

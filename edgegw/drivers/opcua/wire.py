@@ -1,0 +1,193 @@
+"""Decodes what a server answers to Read and Publish, a block of values at a time (OPC UA Part 6, 5.2).
+
+Single numbers, booleans and texts are decoded here: one walk over a body finds the shape of each value, and one call
+to `struct` then takes them all. Any other value is left to asyncua, and so is a body that says more around its
+values than is usual: that it refuses, diagnostics, or another notification than of changed data.
+"""
+
+import struct
+from itertools import product
+from typing import NamedTuple
+
+from asyncua import ua
+from asyncua.common.utils import Buffer
+from asyncua.ua.object_ids import ObjectIds
+from asyncua.ua.ua_binary import struct_from_binary
+
+from edgegw.drivers.opcua.block import Block, block_of, columns
+
+_READ, _PUBLISH, _CHANGE = (
+    getattr(ObjectIds, f"{name}_Encoding_DefaultBinary")
+    for name in ("ReadResponse", "PublishResponse", "DataChangeNotification")
+)
+_STRING = ua.VariantType.String.value
+_NUMBERS = dict(enumerate("?bBhHiIqQfd", start=ua.VariantType.Boolean.value))
+"""How `struct` names the built-in types from Boolean to Double (5.1.2)."""
+_VALUE, _STATUS, _SOURCE, _SERVER, _SOURCE_FINE, _SERVER_FINE = (1 << bit for bit in range(6))
+"""What the mask says is there of a value (5.2.2.17)."""
+_TYPE_FORM = (1, 0)
+"""The head of a node id of the four-byte form and namespace 0 (5.2.2.9)."""
+_RESPONSE = struct.Struct("<BBH12xIBi3s")
+"""The type; past time and handle the result, the mask of diagnostics, the count of texts, and one more header."""
+_MESSAGE = struct.Struct("<xI8xi")
+"""Past MoreNotifications, a message's sequence number, past its time the count of notifications (Part 4, 7.26)."""
+_NOTIFICATION = struct.Struct("<BBHBi")
+"""The type; what the body is, 1 for bytes, and how many (5.2.2.15)."""
+_COUNT = struct.Struct("<i")
+_NOTHING = (0, -1)
+"""The counts of an array without elements."""
+_ID = struct.Struct("<I")
+
+
+class _Shape(NamedTuple):
+    """A value on the wire: the form that `struct` takes value, status and source time by, and its size in bytes."""
+
+    form: str
+    size: int
+
+
+def _shape(mask: int, value: str) -> _Shape:
+    status, source = "I" if mask & _STATUS else "0s", "q" if mask & _SOURCE else "0s"
+    unused = sum(size for bit, size in ((_SERVER, 8), (_SOURCE_FINE, 2), (_SERVER_FINE, 2)) if mask & bit)
+    form = f"2x{value}{status}{source}{unused}x"
+    return _Shape(form, struct.calcsize("<" + form))
+
+
+_MASKS = range(_VALUE, 1 << 6, 2)
+_SHAPES = {
+    bytes((mask, kind)): _shape(mask, form) for mask, (kind, form) in product(_MASKS, _NUMBERS.items())
+}
+"""By the two bytes that a value begins with, its mask and its type, if it is a number."""
+_TEXTS = frozenset(bytes((mask, _STRING)) for mask in _MASKS)
+
+
+class Publication(NamedTuple):
+    """What a server published: changes in their order, or nothing but that it is alive."""
+
+    subscription: int
+    sequence: int
+    """The message's number; that of the next one if there is nothing in this one."""
+    empty: bool
+    changes: list[Block]
+    ended: int
+    """The status with which the server ends the subscription, 0 if it does not."""
+
+
+def read_response(body: bytes) -> Block:
+    """Return the values of a ReadResponse, in their order; raise failures.FOREIGN for what is none."""
+    if _usual(body, _READ):
+        (count,) = _COUNT.unpack_from(body, _RESPONSE.size)
+        block, at = _block(body, _RESPONSE.size + _COUNT.size, count, "0s")
+        if _COUNT.unpack_from(body, at)[0] in _NOTHING:
+            return block._replace(places=range(count))
+    response = struct_from_binary(ua.ReadResponse, Buffer(body))
+    response.ResponseHeader.ServiceResult.check()
+    return block_of(range(len(response.Results)), response.Results)
+
+
+def publish_response(body: bytes) -> Publication:
+    """Return what a PublishResponse says; raise failures.FOREIGN for what is none."""
+    return (_usual(body, _PUBLISH) and _publication(body)) or _other_publication(body)
+
+
+def _usual(body: bytes, kind: int) -> bool:
+    """Tell whether a response has the plain header of one that succeeded and says no more (Part 4, 7.33)."""
+    *found, texts, header = _RESPONSE.unpack_from(body)
+    return found == [*_TYPE_FORM, kind, 0, 0] and texts in _NOTHING and header == b"\0\0\0"
+
+
+def _publication(body: bytes) -> Publication | None:
+    """Return what was published, None if it is not changed data alone."""
+    (subscription,) = _ID.unpack_from(body, _RESPONSE.size)
+    at = _past_array(body, _RESPONSE.size + _ID.size)
+    sequence, count = _MESSAGE.unpack_from(body, at)
+    at += _MESSAGE.size
+    changes = []
+    for _ in range(count):
+        *found, size = _NOTIFICATION.unpack_from(body, at)
+        end = at + _NOTIFICATION.size + size
+        if found != [*_TYPE_FORM, _CHANGE, 1]:
+            return None
+        (items,) = _COUNT.unpack_from(body, at + _NOTIFICATION.size)
+        block, at = _block(body, at + _NOTIFICATION.size + _COUNT.size, items, "I")
+        if _COUNT.unpack_from(body, at)[0] not in _NOTHING or at + _COUNT.size != end:
+            return None
+        at = end
+        changes.append(block)
+    if _COUNT.unpack_from(body, _past_array(body, at))[0] not in _NOTHING:
+        return None
+    return Publication(subscription, sequence, not changes, changes, 0)
+
+
+def _other_publication(body: bytes) -> Publication:
+    response = struct_from_binary(ua.PublishResponse, Buffer(body))
+    response.ResponseHeader.ServiceResult.check()
+    result = response.Parameters
+    message = result.NotificationMessage
+    changes = []
+    ended = 0
+    for notification in message.NotificationData:
+        if isinstance(notification, ua.DataChangeNotification):
+            items = notification.MonitoredItems
+            changes.append(block_of([item.ClientHandle for item in items], [item.Value for item in items]))
+        elif isinstance(notification, ua.StatusChangeNotification) and not notification.Status.is_good():
+            ended = ended or notification.Status.value
+    empty = not message.NotificationData
+    return Publication(result.SubscriptionId, message.SequenceNumber, empty, changes, ended)
+
+
+def _past_array(body: bytes, at: int) -> int:
+    """Return where an array of four-byte elements ends."""
+    count: int = _COUNT.unpack_from(body, at)[0]
+    return at + _COUNT.size + 4 * max(0, count)
+
+
+def _block(body: bytes, begin: int, count: int, lead: str) -> tuple[Block, int]:
+    """Return so many values that follow each other, each behind a `lead`, and where they end.
+
+    What is not there is taken with a length of nothing: each value has four fields, whatever its shape.
+    """
+    if count > len(body):
+        raise ValueError(f"found {count} values announced in {len(body)} bytes")
+    ahead = struct.calcsize("<" + lead)
+    at = begin
+    kinds = bytearray()
+    forms = []
+    texts: dict[int, str | None] = {}
+    others: dict[int, ua.DataValue] = {}
+    for i in range(count):
+        at += ahead
+        head = body[at : at + 2]
+        shape = _SHAPES.get(head)
+        if shape is not None:
+            kinds.append(head[1])
+        elif head in _TEXTS:
+            kinds.append(0)
+            texts[i], taken = _text(body, at + len(head))
+            shape = _shape(head[0], f"{taken}x0s")
+        else:
+            kinds.append(0)
+            rest = Buffer(body, at)
+            others[i] = struct_from_binary(ua.DataValue, rest)
+            shape = _Shape(f"0s0s0s{rest.cur_pos - at}x", rest.cur_pos - at)
+        form, size = shape
+        forms.append(form)
+        at += size
+    fields = struct.unpack_from("<" + lead + lead.join(forms), body, begin) if forms else ()
+    raws, statuses, ticks = (list(fields[field::4]) for field in (1, 2, 3))
+    for i, text in texts.items():
+        raws[i] = text
+    for i, data in others.items():
+        raws[i], statuses[i], ticks[i] = columns(data)
+    return Block(fields[0::4], bytes(kinds), raws, statuses, ticks), at
+
+
+def _text(body: bytes, at: int) -> tuple[str | None, int]:
+    """Return a text, None for the null one, and the bytes it takes; bytes that are not UTF-8 become lone surrogates."""
+    (length,) = _COUNT.unpack_from(body, at)
+    if not -1 <= length <= len(body) - at - _COUNT.size:
+        raise ValueError(f"found a text of {length} bytes; {len(body) - at - _COUNT.size} are left")
+    if length == -1:
+        return None, _COUNT.size
+    begin = at + _COUNT.size
+    return body[begin : begin + length].decode(errors="surrogateescape"), _COUNT.size + length
