@@ -41,7 +41,7 @@ def tag(text: str, address: int) -> dict[str, Any]:
 
 def plant(
     tags: Mapping[str, str], rules: Mapping[str, Any], *, every: Mapping[str, str] | None = None,
-    hand_back: str = "release",
+    hand_back: str = "release", windows: Mapping[str, Any] | None = None,
 ) -> tuple[Plant, list[Any]]:  # fmt: skip
     """Build a plant as the gateway does, from a configuration."""
     devices: dict[str, Any] = {}
@@ -53,8 +53,9 @@ def plant(
         )
         section["tags"][name] = tag(text, 4 * address)
     config = Config.model_validate(
-        {"gateway": {"id": "t"}, "device": devices, "rule": dict(rules), "uplink": {"hand_back": hand_back}}
-    )
+        {"gateway": {"id": "t"}, "device": devices, "rule": dict(rules), "uplink": {"hand_back": hand_back},
+         "window": dict(windows or {})}
+    )  # fmt: skip
     return build(config)
 
 

@@ -29,7 +29,8 @@ RULES = {
         "finally": {"battery.kw": 0.0},
     }
 }
-LIMITS = plant(TAGS, {})[0].limits
+KINDS = {name: limits.kind for name, limits in plant(TAGS, {})[0].limits.items()}
+KINDS |= {"load.mean": "number", "load.coverage": "number"}
 T0 = 1_767_225_600_000
 
 
@@ -37,7 +38,7 @@ def played(lines: list[str], rules: dict[str, Any] = RULES) -> dict[str, Any]:
     made, problems = plant(TAGS | {"battery.kw": "number writable min=-50 max=50 safe=0"}, rules)
     assert problems == []
     replay = Replay(made)
-    replay.play(table(lines, LIMITS))
+    replay.play(table(lines, KINDS))
     return replay.json()
 
 
@@ -104,6 +105,46 @@ def test_a_clock_set_back_in_a_journal_keeps_its_order() -> None:
     assert [m.ts for m in found] == stamps
 
 
+def window(ts: int, mean: float, coverage: float = 1.0, **more: Any) -> dict[str, Any]:
+    values = {"mean": mean}
+    return {"ts": ts, "device": "load", "values": values, "from": ts - 900_000, "coverage": coverage} | more
+
+
+def test_windows_of_a_journal_have_their_coverage_and_what_came_late_is_left_out() -> None:
+    scans = [{"ts": T0 + i * 1000, "device": "meter", "values": {"kw": 1.0}} for i in range(20)]
+    late = [window(T0 - 900_000, 5.0, rev=1), window(T0 + 19_000, 2.0, 0.5)]
+    found = list(moments([*scans[:10], window(T0 + 9_000, 1.0), *scans[10:], *late]))
+    assert [m.ts for m in found] == sorted(m.ts for m in found)
+    assert [m.scan.values for m in found if m.scan and m.scan.device == "load"] == [
+        {"mean": 1.0, "coverage": 1.0}, {"mean": 2.0, "coverage": 0.5},
+    ]  # fmt: skip
+
+
+def test_summaries_are_left_out() -> None:
+    minute = {"ts": T0, "device": "meter", "values": {"kw": {"mean": 90.0, "count": 60}}}
+    assert list(moments([minute])) == []
+
+
+def test_a_table_may_have_windows_and_what_no_column_tells_is_named() -> None:
+    tags = {"meter.kw": "number", "battery.kw": "number writable"}
+    load = {"of": ["meter.kw"], "size": "10s", "agg": ["mean"]}
+    rules = {
+        "heavy": {"when": "load.mean > 80.0 && load.coverage > 0.9", "do": {"battery.kw": 1.0}},
+        "light": {"when": "meter.kw < 1.0", "do": {"battery.kw": 2.0}},
+    }
+    made, problems = plant(tags, rules, windows={"load": load})
+    assert problems == []
+    for columns, cells, lacking, on in (
+        ("load.mean,load.coverage", "90,1", {"light": ["meter.kw"]}, 1),
+        ("load.mean", "90", {"heavy": ["load.coverage"], "light": ["meter.kw"]}, 0),
+        ("meter.kw", "90", {"heavy": ["load.coverage", "load.mean"]}, 0),
+    ):
+        replay = Replay(made)
+        replay.play(table([f"ts,{columns}", f"{T0},{cells}", f"{T0 + 1000},{cells}"], KINDS))
+        found = replay.json()
+        assert (found["lacking"], found["rules"]["heavy"]["times_on"]) == (lacking, on)
+
+
 def test_a_table_may_have_holes_times_in_two_forms_and_several_devices() -> None:
     lines = [
         "ts,meter.kw,battery.kw,meter.ok",
@@ -112,7 +153,7 @@ def test_a_table_may_have_holes_times_in_two_forms_and_several_devices() -> None
         "",
         f"{T0 + 9},,,",
     ]
-    assert list(table(lines, LIMITS)) == [
+    assert list(table(lines, KINDS)) == [
         Moment(T0, scan=Scan(T0, "meter", {"kw": 1.0, "ok": True})),
         Moment(T0 + 5, scan=Scan(T0 + 5, "battery", {"kw": 2.5})),
     ]
@@ -135,7 +176,7 @@ def test_a_table_may_have_holes_times_in_two_forms_and_several_devices() -> None
 )
 def test_a_table_that_is_wrong_is_refused_with_the_line(lines: list[str], error: str) -> None:
     with pytest.raises(ValueError) as raised:
-        list(table(lines, LIMITS))
+        list(table(lines, KINDS))
     assert str(raised.value) == error
 
 
@@ -179,8 +220,8 @@ def test_the_command_shows_a_table_and_a_chart_and_exits_as_said(tmp_path: Path)
     recording = tmp_path / "day.csv"
     recording.write_text("ts,meter.kw\n" + "".join(f"{T0 + 1000 * i},{60 + i}\n" for i in range(60)))
     options = ("-c", str(config), "--csv", str(recording))
-    code, out, _ = rules_test(*options)
-    assert code == 0
+    code, out, errors = rules_test(*options)
+    assert (code, errors) == (0, "")
     assert "█" not in out
     code, out, _ = rules_test(*options, "--link", "islanded")
     assert (code, "█" in out, "▁" in out) == (0, True, True)
@@ -190,6 +231,9 @@ def test_the_command_shows_a_table_and_a_chart_and_exits_as_said(tmp_path: Path)
     recording.write_text("ts,meter.kv\n")
     code, _, errors = rules_test(*options)
     assert (code, "did you mean meter.kw?" in errors) == (2, True)
+    recording.write_text(f"ts,meter.out\n{T0},1\n")
+    code, _, errors = rules_test(*options)
+    assert (code, errors) == (0, "rule.peak: meter.kw: nowhere in the recording; never known here")
     code, _, errors = rules_test("-c", str(config))
     assert (code, "not there" in errors) == (1, True)
     config.write_text(CONFIG.replace("80.0", "80"))

@@ -31,7 +31,7 @@ def command() -> None:
 )  # fmt: skip
 @click.option(
     "--csv", "table", type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A table of values: ts,DEVICE.TAG,... with ts in milliseconds or ISO 8601.",
+    help="A table of values: ts,DEVICE.TAG,WINDOW.FIGURE,... with ts in milliseconds or ISO 8601.",
 )  # fmt: skip
 @click.option(
     "--link", type=click.Choice(["as-recorded", "online", "offline", "islanded"]), default="as-recorded",
@@ -68,6 +68,8 @@ def test(
         replay.play(recorded, follow_link=link == "as-recorded")
     except ValueError as error:
         raise click.UsageError(f"{table or journal}: {error}") from None
+    for name, inputs in replay.lacking().items():
+        click.echo(f"rule.{name}: {', '.join(inputs)}: nowhere in the recording; never known here", err=True)
     if not replay.scans:
         raise JournalError(f"{table or journal or 'the journal'}: no readings in it")
     if as_json:
@@ -89,9 +91,11 @@ def _from_table(file: Path, config: "Config") -> "Iterator[Moment]":
     from edgegw.control.build import build
     from edgegw.control.recording import table
 
-    limits = build(config)[0].limits
+    kinds = {name: limits.kind for name, limits in build(config)[0].limits.items()}
+    for name, window in config.window.items():
+        kinds |= {f"{name}.{figure}": "number" for figure in (*window.agg, "coverage")}
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        yield from table(lines, limits)
+        yield from table(lines, kinds)
 
 
 def _from_journal(file: Path) -> tuple[str, "Iterator[Moment]"]:
@@ -105,16 +109,19 @@ def _from_journal(file: Path) -> tuple[str, "Iterator[Moment]"]:
 
 
 def _stored(file: Path, *, only_events: bool = False) -> Iterator[dict[str, Any]]:
-    """Yield the records of a journal; a damaged batch is left out."""
+    """Yield the records of a journal; a damaged batch is left out, and so are summaries."""
     import msgspec
 
     from edgegw.domain.batch import Kind
     from edgegw.journal.store import Reader, unpack, walk
 
     reader = Reader(file)
+    thinned = 0
     try:
         for batch in walk(reader):
-            if batch.kind is Kind.DATA and only_events:
+            if batch.kind is Kind.SUMMARY:
+                thinned += batch.count
+            if batch.kind is Kind.SUMMARY or (batch.kind is Kind.DATA and only_events):
                 continue
             try:
                 yield from msgspec.json.decode(unpack(batch))["records"]
@@ -122,6 +129,8 @@ def _stored(file: Path, *, only_events: bool = False) -> Iterator[dict[str, Any]
                 click.echo(f"left out: {error}", err=True)
     finally:
         reader.close()
+    if thinned and not only_events:
+        click.echo(f"left out: {thinned:,} records of which only summaries are left", err=True)
 
 
 def _lines(file: Path, *, only_events: bool = False) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,6 @@ from math import isfinite
 from typing import Any, NamedTuple, cast
 
 from edgegw.control.expression import did_you_mean
-from edgegw.control.guard import Limits
 from edgegw.control.rule import LinkState
 from edgegw.domain import quality
 from edgegw.domain.record import Scan
@@ -31,13 +30,15 @@ class Moment(NamedTuple):
 def moments(records: Iterable[Mapping[str, Any]]) -> Iterator[Moment]:
     """Return what matters of a journal's records, in order of their times.
 
-    Where the clock was set back by more than LATE_MS, what follows follows all the same.
+    Where the clock was set back by more than LATE_MS, what follows follows all the same. What a window came to in
+    a time longer past is left out, as rules were not shown it either; so are summaries, which no longer tell when
+    what was read.
     """
     waiting: list[tuple[int, int, Moment]] = []
     newest = 0
     for number, record in enumerate(records):
         moment = _moment(record)
-        if moment is None:
+        if moment is None or ("coverage" in record and moment.ts < newest - LATE_MS):
             continue
         if moment.ts < newest - LATE_MS:
             yield from _drained(waiting)
@@ -57,7 +58,12 @@ def _drained(waiting: list[tuple[int, int, Moment]]) -> Iterator[Moment]:
 def _moment(record: Mapping[str, Any]) -> Moment | None:
     ts, device = int(record["ts"]), record.get("device")
     if "values" in record:
-        return Moment(ts, scan=Scan(ts, str(device), dict(record["values"]), record.get("quality")))
+        values = dict(record["values"])
+        if any(isinstance(value, dict) for value in values.values()):
+            return None  # a summary's
+        if "coverage" in record:  # a window's: rules read it beside the aggregates
+            values["coverage"] = record["coverage"]
+        return Moment(ts, scan=Scan(ts, str(device), values, record.get("quality")))
     if record.get("status") == "bad":
         return Moment(ts, lost=str(device))
     if record.get("event") == "link":
@@ -65,36 +71,36 @@ def _moment(record: Mapping[str, Any]) -> Moment | None:
     return None
 
 
-def table(lines: Iterable[str], limits: Mapping[str, Limits]) -> Iterator[Moment]:
-    """Return the moments of a CSV: a column `ts` (milliseconds, or ISO 8601), and one for each tag.
+def table(lines: Iterable[str], kinds: Mapping[str, str]) -> Iterator[Moment]:
+    """Return the moments of a CSV: a column `ts` (milliseconds, or ISO 8601), and one for each tag or window's figure.
 
-    An empty cell is a tag that was not read; a device none of whose cells holds anything was not read at all. Raises
-    ValueError with the line.
+    `kinds` has what there may be, and of which kind (number, bool, string) it is. An empty cell is a tag that was not
+    read; a device none of whose cells holds anything was not read at all. Raises ValueError with the line.
     """
     rows = csv.reader(lines)
     names = [name.strip() for name in next(rows, [])]
     if not names or names[0] != "ts":
         raise ValueError(f"line 1: found {','.join(names)[:60]!r}; expected ts,DEVICE.TAG,...")
     for name in names[1:]:
-        if name not in limits:
-            raise ValueError(f"line 1: {name} is no tag of the configuration{did_you_mean(name, limits)}")
+        if name not in kinds:
+            raise ValueError(f"line 1: {name} is no tag of the configuration{did_you_mean(name, kinds)}")
     for row in rows:
         if not row:
             continue
         if len(row) != len(names):
             raise ValueError(f"line {rows.line_num}: found {len(row)} cells; expected {len(names)}")
         try:
-            yield from _row(names, row, limits)
+            yield from _row(names, row, kinds)
         except ValueError as error:
             raise ValueError(f"line {rows.line_num}: {error}") from None
 
 
-def _row(names: Sequence[str], row: Sequence[str], limits: Mapping[str, Limits]) -> Iterator[Moment]:
+def _row(names: Sequence[str], row: Sequence[str], kinds: Mapping[str, str]) -> Iterator[Moment]:
     ts = _ts(row[0].strip())
     devices: dict[str, dict[str, Value]] = {}
     for name, cell in zip(names[1:], row[1:], strict=True):
         device, _, tag = name.partition(".")
-        devices.setdefault(device, {})[tag] = _value(name, cell.strip(), limits[name].kind)
+        devices.setdefault(device, {})[tag] = _value(name, cell.strip(), kinds[name])
     for device, values in devices.items():
         if any(value is not None for value in values.values()):
             bad = {tag: MISSING for tag, value in values.items() if value is None}

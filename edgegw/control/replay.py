@@ -115,9 +115,19 @@ class Replay:
             "from": self.first_ts,
             "to": self.last_ts,
             "scans": self.scans,
+            "lacking": self.lacking(),
             "rules": {name: run.json(self.last_ts) for name, run in self.rules.items()},
             "setpoints": {name: run.json() for name, run in self.setpoints.items()},
         }
+
+    def lacking(self) -> dict[str, list[str]]:
+        """Return, of each rule that lacks any, the inputs that were nowhere in the recording."""
+        devices = self._image.devices.items()
+        there = {f"{device}.{tag}" for device, latest in devices for tag in latest.values}
+        lacking = {
+            rule.name: [name for name in rule.inputs if name not in there] for rule in self._plant.rules
+        }
+        return {name: inputs for name, inputs in lacking.items() if inputs}
 
     def _clock(self, ts: int) -> float:
         """Return the virtual time of a moment."""
