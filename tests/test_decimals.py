@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgegw.drivers import decimals as module
-from edgegw.drivers.decimals import Decimals, decimals
+from edgegw.drivers.decimals import as_decimals
 
 singles = st.floats(width=32)
 
@@ -20,32 +19,29 @@ def single(value: float) -> float:
 
 @given(values=st.lists(singles, min_size=1, max_size=70))
 def test_no_float32_is_taken_for_another(values: list[float]) -> None:
-    found = Decimals().of(values)
+    found = as_decimals(values)
     assert [single(value) for value in found] == pytest.approx(values, rel=0, abs=0, nan_ok=True)
 
 
 @given(digits=st.integers(-9_999_999, 9_999_999), point=st.integers(0, 7))
 def test_what_seven_digits_say_comes_out_as_these(digits: int, point: int) -> None:
     meant = float(f"{digits}e-{point}")
-    assert Decimals().of([single(meant)]) == [meant]
+    assert as_decimals([single(meant)]) == [meant]
 
 
-@given(blocks=st.lists(st.lists(singles, min_size=1, max_size=9), min_size=1, max_size=30))
-def test_what_is_remembered_changes_nothing(blocks: list[list[float]]) -> None:
-    remembering = Decimals()
-    for block in blocks:
-        assert repr(remembering.of(block)) == repr(list(Decimals().of(block)))
-        assert repr(remembering.of(block)) == repr(list(decimals(block)[0]))
+@given(value=st.one_of(singles, st.integers(-(10**8), 10**8).map(lambda n: single(n / 1e4))))
+def test_it_is_seven_digits_if_they_read_back_else_nine(value: float) -> None:
+    seven, nine = float(f"{value:.7g}"), float(f"{value:.9g}")
+    meant = seven if math.isnan(value) or single(seven) == value else nine
+    assert as_decimals([value]) == pytest.approx([meant], rel=0, abs=0, nan_ok=True)
 
 
-def test_no_more_is_remembered_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "KNOWN", 100)
-    remembering = Decimals()
-    for i in range(1000):
-        assert remembering.of([single(i / 10)]) == [i / 10]
-        assert len(remembering._known) <= 101
+@given(values=st.lists(singles, min_size=1, max_size=30))
+def test_neighbours_change_nothing(values: list[float]) -> None:
+    alone = [as_decimals([value])[0] for value in values]
+    assert repr(list(as_decimals(values))) == repr(alone)
 
 
 def test_what_is_no_number_does_not_hide_its_neighbours() -> None:
-    found = Decimals().of([single(230.1), math.inf, math.nan, single(0.1)])
-    assert repr(found) == "[230.1, inf, nan, 0.1]"
+    found = as_decimals([single(230.1), math.inf, math.nan, single(0.1), single(1e-7)])
+    assert repr(found) == "[230.1, inf, nan, 0.1, 1e-07]"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edgegw.config.schema import ModbusTag
 from edgegw.config.units import ModbusAddress
-from edgegw.drivers.decimals import Decimals
+from edgegw.drivers.decimals import as_decimals
 from edgegw.drivers.modbus.plan import Block, plan
 from edgegw.drivers.modbus.registers import compile_block
 
@@ -49,7 +49,7 @@ def read(memory: Memory, tags: Mapping[str, ModbusTag], **limits: int) -> dict[s
     """Plan, answer and decode; return each tag's value, to the type and the bit, or its quality."""
     got: dict[str, str] = {}
     for block in plan(tags, **limits):
-        values, quality = compile_block(block, Decimals())(answer(memory, block))
+        values, quality = compile_block(block)(answer(memory, block))
         for placed, value in zip(block.tags, values, strict=True):
             bad = (quality or {}).get(placed.name)
             assert (value is None) == (bad is not None), (placed.name, value, bad)
@@ -129,7 +129,7 @@ def decode(kind: str, order: str, data: bytes) -> float:
 
 def shown(kind: str, value: float) -> str:
     """Return a value in the words of `read`: a float32 as the decimal that is meant by it."""
-    meant = Decimals().of([value])[0] if kind == "float32" else value
+    meant = as_decimals([value])[0] if kind == "float32" else value
     return f"{type(meant).__name__} {meant!r}"
 
 

@@ -25,7 +25,6 @@ from test_modbus_driver import Watch, after_reconnecting, config, drivers, scann
 from test_modbus_transports import Line, lines, on, rtu
 
 from edgegw.config.schema import ModbusTag
-from edgegw.drivers.decimals import Decimals
 from edgegw.drivers.modbus import writing
 from edgegw.drivers.modbus.driver import ModbusDriver
 from edgegw.drivers.modbus.plan import Block, Placed
@@ -44,7 +43,7 @@ CASES = tomllib.loads((Path(__file__).parent / "cases" / "modbus_encode.toml").r
 def read(tag: ModbusTag, data: bytes) -> Any:
     """Return the value of a tag whose registers hold these bytes."""
     block = Block(tag.address.table, tag.address.start, tag.registers, (Placed("tag", tag, 0),))
-    (value,), bad = compile_block(block, Decimals())(data)
+    (value,), bad = compile_block(block)(data)
     assert not bad
     return value
 

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from edgegw.config.schema import Device, ModbusDevice, OpcUaDevice
 from edgegw.drivers.base import Driver
-from edgegw.drivers.decimals import Decimals
 
 if TYPE_CHECKING:
     from edgegw.drivers.modbus.transport import Transport
@@ -16,7 +15,6 @@ class Drivers:
 
     def __init__(self) -> None:
         self._modbus: Sessions[Transport] | None = None
-        self._decimals = Decimals()
 
     def make(self, name: str, config: Device) -> Driver:
         """Return the driver of a device."""
@@ -24,7 +22,7 @@ class Drivers:
             case ModbusDevice():
                 from edgegw.drivers.modbus.driver import ModbusDriver
 
-                return ModbusDriver(name, config, self._modbus_sessions(), self._decimals)
+                return ModbusDriver(name, config, self._modbus_sessions())
             case OpcUaDevice():
                 from edgegw.drivers.opcua.driver import OpcUaDriver
 

@@ -18,20 +18,24 @@ class Timekeeper:
     """Knows the present era."""
 
     def __init__(self) -> None:
-        self.era = present()
+        self._begin(present())
         self._look_at_s = clock.mono_s() + LOOK_S
 
     def look(self) -> Era | None:
         """Return the era that has just begun, None if the old one goes on; it costs two readings of a clock."""
         now_s = clock.mono_s()
-        if abs(clock.wall_ms() - now_s * 1000 - self.era.offset_ms) < STEP_MS and now_s < self._look_at_s:
+        if self._least_ms < clock.wall_ms() - now_s * 1000 < self._most_ms and now_s < self._look_at_s:
             return None
         self._look_at_s = now_s + LOOK_S
         era = present()
         if abs(era.offset_ms - self.era.offset_ms) < STEP_MS and era.synced == self.era.synced:
             return None
-        self.era = era
+        self._begin(era)
         return era
+
+    def _begin(self, era: Era) -> None:
+        self.era = era
+        self._least_ms, self._most_ms = era.offset_ms - STEP_MS, era.offset_ms + STEP_MS
 
 
 def present() -> Era:

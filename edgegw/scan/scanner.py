@@ -1,6 +1,5 @@
 """The scanner: one service for each device, from its driver to the journal and the image."""
 
-import asyncio
 import logging
 import random
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from edgegw.domain.record import DeviceStatus, Event, Record, Scan
 from edgegw.domain.tag import Scalar, Value
 from edgegw.drivers.base import Driver
 from edgegw.errors import DeviceError
+from edgegw.runtime.pause import Pause
 from edgegw.scan import schedule
 from edgegw.scan.report import Reporter
 
@@ -43,17 +43,18 @@ class Scanner:
     async def run(self) -> None:
         """Scan until cancelled."""
         period_s = self._driver.period_s
+        pause = Pause()
         async with self._driver as driver:
             due = schedule.Due(schedule.first(self.name, clock.mono_s(), period_s or 0.0), 0)
             while True:
                 if period_s is not None:
-                    await asyncio.sleep(due.at_s - clock.mono_s())
+                    await pause(due.at_s - clock.mono_s())
                 began_s = clock.mono_s()
                 try:
                     scans = await driver.scan()
                 except DeviceError as error:
                     self._failed(error)
-                    await asyncio.sleep(self._pause_s(period_s or 0.0))
+                    await pause(self._pause_s(period_s or 0.0))
                 else:
                     self._scanned(scans, began_s)
                 if period_s is not None:

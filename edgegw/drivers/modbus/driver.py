@@ -12,7 +12,6 @@ from edgegw.config.schema import ModbusDevice
 from edgegw.domain import quality
 from edgegw.domain.record import Scan
 from edgegw.domain.tag import Scalar, Value
-from edgegw.drivers.decimals import Decimals
 from edgegw.drivers.modbus import pdu, writing
 from edgegw.drivers.modbus.plan import Block, Placed, plan, split
 from edgegw.drivers.modbus.registers import Decoded, compile_block
@@ -31,6 +30,7 @@ class _Read(NamedTuple):
 
     block: Block
     request: bytes
+    head: bytes
     names: tuple[str, ...]
     decode: Callable[[bytes], Decoded]
 
@@ -38,17 +38,13 @@ class _Read(NamedTuple):
 class ModbusDriver:
     """One Modbus unit. Its connection is shared with the other units behind the same url."""
 
-    def __init__(
-        self, name: str, config: ModbusDevice, sessions: Sessions[Transport], decimals: Decimals | None = None
-    ) -> None:
+    def __init__(self, name: str, config: ModbusDevice, sessions: Sessions[Transport]) -> None:
         self.period_s: float | None = config.every.s
         self._name = name
         self._config = config
         self._sessions = sessions
         self._timeout_s = config.timeout.s
-        self._decimals = decimals or Decimals()
-        blocks = plan(config.tags, config.max_block, config.max_gap)
-        self._reads = [self._read(block) for block in blocks]
+        self._reads = [_read(block) for block in plan(config.tags, config.max_block, config.max_gap)]
         self._session: Session[Transport] | None = None
         self._alone = False
         self._writing = asyncio.Lock()
@@ -75,7 +71,7 @@ class ModbusDriver:
         """Write one tag, at most once, and return what reading it back gives; raise DeviceError."""
         point = self._config.tags[tag]
         table, start, _ = point.address
-        read = self._read(Block(table, start, point.registers, (Placed(tag, point, 0),)))
+        read = _read(Block(table, start, point.registers, (Placed(tag, point, 0),)))
         try:
             if self._config.unit == 0 and not self._config.url.startswith(("tcp:", "tls:")):
                 raise Refused(
@@ -174,9 +170,10 @@ class ModbusDriver:
         return value
 
     async def _data(self, transport: Transport, read: _Read) -> bytes:
-        return pdu.read_answer(
-            read.request, await transport.call(self._config.unit, read.request, self._timeout_s)
-        )
+        answer = await transport.call(self._config.unit, read.request, self._timeout_s)
+        if answer[:2] == read.head and len(answer) == read.head[1] + 2:
+            return answer[2:]
+        raise pdu.not_an_answer(read.request, answer)
 
     async def _read_all(self, transport: Transport) -> Sequence[Scan]:
         values: dict[str, Value] = {}
@@ -209,7 +206,7 @@ class ModbusDriver:
         self, transport: Transport, read: _Read, values: dict[str, Value], qualities: dict[str, str]
     ) -> None:
         """Read each tag of a refused block by itself, now and from now on."""
-        singles = [self._read(block) for block in split(read.block)]
+        singles = [_read(block) for block in split(read.block)]
         at = self._reads.index(read)
         self._reads[at : at + 1] = singles
         block = read.block
@@ -220,10 +217,11 @@ class ModbusDriver:
         for single in singles:
             await self._ask(transport, single, values, qualities)
 
-    def _read(self, block: Block) -> _Read:
-        request = pdu.read_request(block.function, block.start, block.size)
-        names = tuple(placed.name for placed in block.tags)
-        return _Read(block, request, names, compile_block(block, self._decimals))
+
+def _read(block: Block) -> _Read:
+    request = pdu.read_request(block.function, block.start, block.size)
+    names = tuple(placed.name for placed in block.tags)
+    return _Read(block, request, pdu.answer_head(request), names, compile_block(block))
 
 
 def _unconfirmed(error: DeviceError) -> Unconfirmed:

@@ -2,7 +2,7 @@
 
 import struct
 
-from edgegw.errors import BadAnswer, Refused
+from edgegw.errors import BadAnswer, DeviceError, Refused
 
 EXCEPTIONS = {
     1: "illegal-function",
@@ -35,18 +35,21 @@ def write_registers_request(start: int, data: bytes) -> bytes:
     return struct.pack(">BHHB", 16, start, len(data) // 2, len(data)) + data
 
 
-def read_answer(request: bytes, answer: bytes) -> bytes:
-    """Return the data bytes of the answer to a read request.
-
-    Raise Refused for an exception response, BadAnswer for anything that does not answer this very request.
-    """
-    function = request[0]
-    _check_function(function, answer)
+def answer_head(request: bytes) -> bytes:
+    """Return what the answer to a read request begins with: its function, and how many bytes of data follow."""
     count = int.from_bytes(request[3:5], "big")
-    size = (count + 7) // 8 if function in (1, 2) else count * 2
-    if len(answer) == size + 2 and answer[1] == size:
-        return answer[2:]
-    raise BadAnswer("wrong-length", f"an answer of {len(answer)} bytes; expected {size + 2}")
+    return bytes((request[0], (count + 7) // 8 if request[0] in (1, 2) else count * 2))
+
+
+def not_an_answer(request: bytes, answer: bytes) -> DeviceError:
+    """Return the error that says what came instead of the answer to a read request: Refused or BadAnswer."""
+    try:
+        _check_function(request[0], answer)
+    except DeviceError as error:
+        return error
+    return BadAnswer(
+        "wrong-length", f"an answer of {len(answer)} bytes; expected {answer_head(request)[1] + 2}"
+    )
 
 
 def check_written(request: bytes, answer: bytes) -> None:

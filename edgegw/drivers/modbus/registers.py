@@ -14,7 +14,7 @@ from typing import Any
 from edgegw.config.schema import ModbusTag
 from edgegw.domain.quality import BAD_TEXT, NOT_A_NUMBER
 from edgegw.domain.tag import Value
-from edgegw.drivers.decimals import Decimals
+from edgegw.drivers.decimals import as_decimals
 from edgegw.drivers.modbus.plan import Block
 
 CODES = {
@@ -27,14 +27,14 @@ Decoded = tuple[Sequence[Value], dict[str, str] | None]
 """The values in the order of the block's tags, and the quality of those that are not good."""
 
 
-def compile_block(block: Block, decimals: Decimals) -> Callable[[bytes], Decoded]:
+def compile_block(block: Block) -> Callable[[bytes], Decoded]:
     """Return what decodes the data bytes of a block's answer (without the byte count).
 
     The data has two bytes a register, or one bit a coil, least significant first in each byte
     (Modbus Application Protocol 1.1b3, 6.1 and 6.3).
     """
     bits = block.table in ("coil", "discrete")
-    return _compile_bits(block) if bits else _compile_registers(block, decimals)
+    return _compile_bits(block) if bits else _compile_registers(block)
 
 
 def _compile_bits(block: Block) -> Callable[[bytes], Decoded]:
@@ -46,7 +46,7 @@ def _compile_bits(block: Block) -> Callable[[bytes], Decoded]:
     return decode
 
 
-def _compile_registers(block: Block, decimals: Decimals) -> Callable[[bytes], Decoded]:
+def _compile_registers(block: Block) -> Callable[[bytes], Decoded]:
     layout, gather = _layout(block)
     unpack = layout.unpack
     names = [placed.name for placed in block.tags]
@@ -60,10 +60,10 @@ def _compile_registers(block: Block, decimals: Decimals) -> Callable[[bytes], De
         values: Sequence[Any] = unpack(gather(data) if gather else data)
         quality: dict[str, str] | None = None
         if only_singles:
-            values = decimals.of(values)
+            values = as_decimals(values)
         elif singles:
             values = list(values)
-            for i, value in zip(singles, decimals.of([values[i] for i in singles]), strict=True):
+            for i, value in zip(singles, as_decimals([values[i] for i in singles]), strict=True):
                 values[i] = value
         if finish:
             values = list(values)

@@ -10,6 +10,7 @@ import logging
 import ssl
 import struct
 from collections import deque
+from collections.abc import Awaitable
 from typing import Any, NamedTuple, Protocol, cast
 from urllib.parse import parse_qs, urlsplit
 
@@ -48,7 +49,7 @@ class Transport(Protocol):
         """Connect; raise NotConnected."""
         ...
 
-    async def call(self, unit: int, pdu: bytes, timeout_s: float) -> bytes:
+    def call(self, unit: int, pdu: bytes, timeout_s: float) -> Awaitable[bytes]:
         """Send a request PDU and return the PDU that answers it; raise DeviceError, NotSent if nothing went out."""
         ...
 
@@ -104,11 +105,11 @@ class TcpTransport:
         except OSError as error:
             raise NotConnected("unreachable", (error.strerror or str(error)).lower()) from None
 
-    async def call(self, unit: int, pdu: bytes, timeout_s: float) -> bytes:
+    def call(self, unit: int, pdu: bytes, timeout_s: float) -> Awaitable[bytes]:
         """Send a request PDU and return the PDU that answers it; raise DeviceError."""
         if self._wire is None:
             raise NotSent("not-connected", "no connection")
-        return await self._wire.call(unit, pdu, timeout_s)
+        return self._wire.call(unit, pdu, timeout_s)
 
     def recall(self) -> None:
         """End the connection if what was sent on it is not delivered."""
