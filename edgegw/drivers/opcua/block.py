@@ -11,7 +11,7 @@ from asyncua import ua
 from edgegw.config.schema import OpcUaTag
 from edgegw.domain.record import Scan
 from edgegw.domain.tag import Value
-from edgegw.drivers.decimals import Decimals
+from edgegw.drivers.decimals import as_decimals
 from edgegw.drivers.opcua import values
 from edgegw.drivers.opcua.values import Raw
 
@@ -73,7 +73,6 @@ class Points:
         self._tags = list(tags.values())
         scaled = [tag.scale != 1.0 or tag.offset != 0.0 for tag in self._tags]
         self._wanted = [None if odd else tag.type for tag, odd in zip(self._tags, scaled, strict=True)]
-        self._decimals = Decimals()
 
     def scans(self, block: Block, now_ms: int, *, by_source: bool) -> list[Scan]:
         """Return a block as scans in the order of their times, one for each millisecond.
@@ -96,8 +95,7 @@ class Points:
         """Return what each tag takes of a block."""
         taken: list[Any] = list(block.raws)
         singles = list(compress(range(len(taken)), block.kinds.translate(_SINGLE)))
-        told = self._decimals.of([taken[i] for i in singles])
-        for i, decimal in zip(singles, told, strict=True):
+        for i, decimal in zip(singles, as_decimals([taken[i] for i in singles]), strict=True):
             taken[i] = decimal
         qualities = {}
         for i in self._apart(block):

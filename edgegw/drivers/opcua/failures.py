@@ -9,7 +9,9 @@ from asyncua.ua.uaerrors import UaError, UaStatusCodeError
 from edgegw.drivers.opcua import values
 from edgegw.errors import BadAnswer, DeviceError, NoAnswer, NotConnected, Refused
 
-FOREIGN = (OSError, UaError, struct.error, ValueError, TypeError, LookupError, AttributeError)
+FOREIGN = (
+    OSError, UaError, struct.error, ValueError, TypeError, LookupError, AttributeError, RecursionError,
+)  # fmt: skip
 """What asyncua's calls raise: for the network, for a status code, and for bytes that it cannot decode."""
 
 _SESSION_GONE = frozenset({

@@ -15,7 +15,7 @@ from asyncua.ua.status_codes import code_to_name_doc
 from edgegw.config.schema import OpcUaTag
 from edgegw.domain.quality import BAD_TEXT, NOT_A_NUMBER, bad, is_bad, uncertain
 from edgegw.domain.tag import Scalar, Value
-from edgegw.drivers.decimals import decimals
+from edgegw.drivers.decimals import as_decimals
 
 NO_VALUE = bad("no-value")
 TYPE_MISMATCH = bad("type-mismatch")
@@ -120,7 +120,7 @@ def plain(variant: ua.Variant | None) -> Scalar | list[Scalar]:
     if raw is None:
         raise WrongError(NO_VALUE)
     if variant is not None and variant.VariantType is ua.VariantType.Float:
-        several, _ = decimals(raw if isinstance(raw, list) else [raw])
+        several = as_decimals(raw if isinstance(raw, list) else [raw])
         return list(several) if isinstance(raw, list) else several[0]
     if isinstance(raw, list):
         return [_scalar(item) for item in raw]

@@ -33,6 +33,8 @@ _MESSAGE = struct.Struct("<xI8xi")
 """Past MoreNotifications, a message's sequence number, past its time the count of notifications (Part 4, 7.26)."""
 _NOTIFICATION = struct.Struct("<BBHBi")
 """The type; what the body is, 1 for bytes, and how many (5.2.2.15)."""
+_ARRAY, _TYPE = 0x80, 0x3F
+"""Of the second byte of a value: that it is an array, and of which type (5.2.2.16)."""
 _COUNT = struct.Struct("<i")
 _NOTHING = (0, -1)
 """The counts of an array without elements."""
@@ -167,6 +169,8 @@ def _block(body: bytes, begin: int, count: int, lead: str) -> tuple[Block, int]:
             shape = _shape(head[0], f"{taken}x0s")
         else:
             kinds.append(0)
+            if _endless(head):
+                raise ValueError("found an array of nulls")
             rest = Buffer(body, at)
             others[i] = struct_from_binary(ua.DataValue, rest)
             shape = _Shape(f"0s0s0s{rest.cur_pos - at}x", rest.cur_pos - at)
@@ -180,6 +184,11 @@ def _block(body: bytes, begin: int, count: int, lead: str) -> tuple[Block, int]:
     for i, data in others.items():
         raws[i], statuses[i], ticks[i] = columns(data)
     return Block(fields[0::4], bytes(kinds), raws, statuses, ticks), at
+
+
+def _endless(head: bytes) -> bool:
+    """Tell whether a value is an array of what takes no bytes: of any length, which asyncua would make a list of."""
+    return len(head) > 1 and head[0] & _VALUE == _VALUE and head[1] & _ARRAY == _ARRAY and not head[1] & _TYPE
 
 
 def _text(body: bytes, at: int) -> tuple[str | None, int]:
