@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -72,6 +72,7 @@ class Hand:
         self.path = path
         self.mark = path.with_name(f"{path.name}.mark")
         self.told: list[Told] = []
+        self.listener: Callable[[list[Told]], None] = lambda told: None
         self.flushed: list[asyncio.Future[None]] = []
         self.inbox = Inbox()
         self.settled = Settled()
@@ -83,7 +84,9 @@ class Hand:
     def _tell(self, committed: Committed | None, flushed: list[asyncio.Future[None]]) -> None:
         if committed is not None:
             pairs = zip(committed.batches, committed.bodies, strict=True)
-            self.told += [Told(committed.stream, batch, body) for batch, body in pairs]
+            told = [Told(committed.stream, batch, body) for batch, body in pairs]
+            self.told += told
+            self.listener(told)
             self.settled.hear(committed.batches[-1])
         self.flushed += flushed
 

@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 PRUNE_EVERY_S = 10.0
 THIN_BYTES = 8 * 1024**2
-"""JSON that is thinned at one time, at the most: it takes a tenth of a second, and records wait meanwhile."""
+"""JSON that is thinned at one time, at the most: it takes a tenth of a second, and records wait meanwhile. It is less
+where the WAL's share is."""
 THIN_BATCHES = 4096
 GAIN = 0.7
 """Summaries that take more than this of what they replace are not worth the readings."""
@@ -89,7 +90,7 @@ class Keeper:
 
     def _settled_rows(self, store: Store, head: int, settled: Ranges) -> Iterator[Stored]:
         for seqs in settled:
-            for first, last in self._empty.gaps(*seqs):
+            for first, last in list(self._empty.gaps(*seqs)):  # what is found is added
                 rows = store.oldest(first, last, 2000)
                 yield from rows
                 if not rows and last < head:
@@ -152,10 +153,10 @@ class Keeper:
     def _thinnable(self, store: Store, finer: int, upto: int) -> list[Stored]:
         """Return the oldest batches of a period that thinning may gain something from."""
         found: list[Stored] = []
-        size = 0
+        size, limit = 0, min(THIN_BYTES, store.wal_bytes)
         for first, last in self._settled.out_of_reach().gaps(self._no_gain.get(finer, 0) + 1, upto):
             for stored in store.oldest(first, last, THIN_BATCHES - len(found), of_period(finer)):
-                if size > THIN_BYTES:
+                if size + stored.size > limit and found:
                     return found
                 found.append(stored)
                 size += stored.size
