@@ -1,17 +1,22 @@
 """Times of a clock that was not synchronised, corrected at the receiver: how far, which, once, in any order."""
 
+import asyncio
 import json
 import random
+import signal
 import sqlite3
+import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway_rig import Subscriber
+from field import field
+from gateway_rig import Subscriber, config, device, gateway, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rig import free_port, mosquitto, needs_mosquitto, publish, receive, run
+from rig import ROOT, free_port, mosquitto, needs_mosquitto, publish, receive, run
 from test_receiver_sinks import postgres  # noqa: F401  the fixture
 
 from edgegw.domain.batch import GENESIS, TAIL, Kind, head, timing
@@ -290,3 +295,107 @@ def test_any_order_of_arrival_gives_the_same_tables(
         assert rows(one, table) == rows(other, table), table
     one.close()
     other.close()
+
+
+# -- a real gateway whose clock is wrong -------------------------------------------------------------------
+
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+HOURS_WRONG = 5
+COMMIT_MS = 500
+
+
+class Wrong:
+    """The environment of a gateway whose wall clock is wrong, until it is `set`.
+
+    The kernel that this runs on cannot be told that its clock is synchronised: a file says so instead.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._offset, self._synced = folder / "offset", folder / "synced"
+        self._offset.write_text(f"-{HOURS_WRONG}h")
+        self._synced.write_text("no")
+        site = folder / "site"
+        site.mkdir()
+        (site / "sitecustomize.py").write_text(
+            "from pathlib import Path\nfrom edgegw import clock\n"
+            f"clock.synchronised = lambda: Path({str(self._synced)!r}).read_text() == 'yes'\n"
+        )
+        self.prefix = (
+            "env", f"PYTHONPATH={site}:{ROOT}", f"LD_PRELOAD={FAKETIME}", f"FAKETIME_TIMESTAMP_FILE={self._offset}",
+            "FAKETIME_NO_CACHE=1", "FAKETIME_DONT_FAKE_MONOTONIC=1", "DONT_FAKE_MONOTONIC=1",
+        )  # fmt: skip
+
+    def set(self) -> None:
+        """Have the clock step to the right time, and then say that it is synchronised."""
+        self._offset.write_text("+0")
+        self._synced.write_text("yes")
+
+
+@needs_mosquitto
+@pytest.mark.skipif(FAKETIME is None, reason="libfaketime (Debian's faketime) is not here")
+@pytest.mark.parametrize("when", ["while it runs", "while it is stopped"])
+async def test_a_gateway_whose_clock_was_wrong_by_hours_is_put_right(tmp_path: Path, when: str) -> None:
+    port, file = free_port(), tmp_path / "kept.db"
+    asked_ms: dict[int, float] = {}
+    wrong = Wrong(tmp_path)
+
+    async def answer(tid: int, unit: int, pdu: bytes) -> bytes:
+        asked_ms[plant.counts[unit] + 1] = time.time() * 1000
+        return await plant.well(tid, unit, pdu)
+
+    async def more() -> None:
+        wanted = plant.counts[1] + 20
+        await until(lambda: plant.counts[1] >= wanted, "scans")
+
+    async with field() as plant:
+        plant.behave[1] = answer
+        meters = {"meter": device(plant.port)}
+        made = config(port, meters, journal={"commit_interval": f"{COMMIT_MS}ms"})
+        with (
+            mosquitto(tmp_path, port),
+            receive(port, f"sqlite:///{file}", "--correct-time") as receiver,
+        ):
+            receiver.wait_said("ready")
+            for running in (1, 2):
+                with gateway(tmp_path, made, *wrong.prefix) as daemon:
+                    await until(lambda daemon=daemon: daemon.said("online"), "the broker")
+                    await more()
+                    if running == 1:
+                        await until(lambda: moments(file), "batches of the wrong time")
+                        assert max(moments(file).values()) < min(asked_ms.values()) - 3_600_000
+                    if (running, when) == (2, "while it runs"):
+                        wrong.set()
+                        await more()
+                    daemon.send(signal.SIGTERM)
+                    assert (await asyncio.to_thread(daemon.end))[0] == 0
+                if when == "while it is stopped":
+                    wrong.set()
+            await until(lambda: ends(file) == 2, "the last batches")
+            receiver.send(signal.SIGINT)
+            assert receiver.end()[0] == 0, receiver.lines
+    assert run("--to", f"sqlite:///{file}", "--report")[0] == 0
+    found = moments(file)
+    assert len(found) > 40
+    for n, ts in found.items():  # on a slow machine an answer may wait, but not beyond the next question
+        assert asked_ms[n] - COMMIT_MS < ts < asked_ms.get(n + 1, asked_ms[n]) + COMMIT_MS, n
+    with closing(sqlite3.connect(file)) as db:
+        moved = {delta_ms for (delta_ms,) in db.execute("SELECT DISTINCT delta_ms FROM corrections")}
+        references = {
+            event for (event,) in db.execute("SELECT event FROM events WHERE body LIKE '%\"synced\"%'")
+        }
+        others = [ts for (ts,) in db.execute("SELECT ts FROM events")]
+    assert all(abs(delta_ms - HOURS_WRONG * 3_600_000) < COMMIT_MS for delta_ms in moved), moved
+    assert ("clock-step" if when == "while it runs" else "start") in references
+    assert min(others) > min(asked_ms.values()) - 10_000, "events are put right, too"
+
+
+def moments(file: Path) -> dict[int, int]:
+    """Return when each count of the field was read, by what a receiver's table says."""
+    with closing(sqlite3.connect(file)) as db:
+        return dict(db.execute("SELECT value, ts FROM readings WHERE tag = 'n'").fetchall())
+
+
+def ends(file: Path) -> int:
+    """Return how many orderly ends a receiver heard of."""
+    with closing(sqlite3.connect(file)) as db:
+        return int(db.execute("SELECT count(*) FROM events WHERE event = 'stop'").fetchone()[0])
