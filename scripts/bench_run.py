@@ -2,7 +2,8 @@
 
 `sustained` raises the demand until less than 97 % of it arrives at a subscriber; `drain` builds a backlog
 and lets the broker come back; `start` measures from exec to the first published batch; `control` from an answer's
-bytes to the bytes of the write that a rule makes of it.
+bytes to the bytes of the write that a rule makes of it; `opcua` is `sustained` for OPC UA, by poll and by
+subscription, beside what asyncua alone makes of the same servers.
 """
 
 import argparse
@@ -98,8 +99,8 @@ def run(path: Path) -> Any:
 class Counter:
     """What the subscriber has counted so far."""
 
-    def __init__(self, port: int) -> None:
-        command = (sys.executable, str(HERE / "bench_count.py"), str(port), str(TAGS))
+    def __init__(self, port: int, tags: int = TAGS) -> None:
+        command = (sys.executable, str(HERE / "bench_count.py"), str(port), str(tags))
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def now(self) -> tuple[float, int, int, int]:
@@ -250,7 +251,7 @@ def control(seconds: float) -> list[dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "what", nargs="?", default="all", choices=["sustained", "drain", "start", "control", "all"]
+        "what", nargs="?", default="all", choices=["sustained", "drain", "start", "control", "opcua", "all"]
     )
     parser.add_argument("--seconds", type=float, default=8.0, help="how long each demand is measured")
     parser.add_argument("--demand", type=float, action="append", help="readings a second to ask for")
@@ -268,6 +269,10 @@ def main() -> None:
         results["drain"] = drain(asked.backlog)
     if asked.what in ("control", "all"):
         results["control"] = control(max(20.0, asked.seconds))
+    if asked.what in ("opcua", "all"):
+        from bench_opcua import opcua
+
+        results |= opcua(asked.seconds, asked.demand or [20e3, 60e3, 100e3, 150e3, 200e3, 300e3])
     if asked.json:
         print(json.dumps(results, indent=2))
         return
