@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 PRUNE_EVERY_S = 10.0
 THIN_BYTES = 8 * 1024**2
 """JSON that is thinned at one time, at the most: it takes a tenth of a second, and records wait meanwhile. It is less
-where the WAL's share is."""
+where half the WAL's share is."""
 THIN_BATCHES = 4096
 GAIN = 0.7
 """Summaries that take more than this of what they replace are not worth the readings."""
@@ -153,7 +153,7 @@ class Keeper:
     def _thinnable(self, store: Store, finer: int, upto: int) -> list[Stored]:
         """Return the oldest batches of a period that thinning may gain something from."""
         found: list[Stored] = []
-        size, limit = 0, min(THIN_BYTES, store.wal_bytes)
+        size, limit = 0, min(THIN_BYTES, store.wal_bytes // 2)
         for first, last in self._settled.out_of_reach().gaps(self._no_gain.get(finer, 0) + 1, upto):
             for stored in store.oldest(first, last, THIN_BATCHES - len(found), of_period(finer)):
                 if size + stored.size > limit and found:

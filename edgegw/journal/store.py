@@ -30,7 +30,8 @@ OPEN_WAIT_MS = 5_000
 FRAME = PAGE + 24
 SLACK = 64 * 1024
 """What is kept free for the events that name what went, and for what is settled."""
-CHECKPOINT_FSYNCS = 2
+CHECKPOINT_FSYNCS = 4
+"""Of the WAL, of the database, of the mark beside it, and of the WAL's header when that begins anew."""
 CHECKPOINT_WAIT_MS = 100
 """How long the writer waits for readers to go: not long, for the records that come in meanwhile wait, too."""
 
