@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
@@ -81,7 +82,7 @@ class ModbusDriver:
             async with self._writing:
                 transport = await self._ready()
                 if point.address.bit is not None:
-                    request = writing.write_request(point, value, await self._data(transport, read))
+                    request = writing.write_request(point, value, await self._ask(transport, read))
                 await self._send(transport, request)
                 return await self._read_back(transport, read)
         except DeviceError as error:
@@ -116,12 +117,16 @@ class ModbusDriver:
         """
         if self._session is None:
             await self._join(own=self._alone)  # the last scan was cancelled while it changed connections
-        try:
-            transport = await self._ready()
-        except NotConnected:
-            if self._alone:
-                await self._join(own=False)
-            raise
+        session = self._session
+        if session is not None and session.connection.connected:
+            transport = session.connection
+        else:
+            try:
+                transport = await self._ready()
+            except NotConnected:
+                if self._alone:
+                    await self._join(own=False)
+                raise
         try:
             return await self._read_all(transport)
         except Spoilt:
@@ -159,9 +164,9 @@ class ModbusDriver:
         """Read one tag, on a second connection if the first is lost."""
         try:
             try:
-                data = await self._data(transport, read)
+                data = await self._ask(transport, read)
             except NotConnected:
-                data = await self._data(await self._ready(), read)
+                data = await self._ask(await self._ready(), read)
         except DeviceError as error:
             raise Unconfirmed("read-back", f"written, but not read back: {error}") from None
         (value,), bad = read.decode(data)
@@ -169,43 +174,35 @@ class ModbusDriver:
             raise Unconfirmed("read-back", f"written, but reads back as {', '.join(bad.values())}")
         return value
 
-    async def _data(self, transport: Transport, read: _Read) -> bytes:
-        answer = await transport.call(self._config.unit, read.request, self._timeout_s)
-        if answer[:2] == read.head and len(answer) == read.head[1] + 2:
-            return answer[2:]
-        raise pdu.not_an_answer(read.request, answer)
+    async def _ask(self, transport: Transport, read: _Read) -> bytes:
+        return _data(read, await transport.call(self._config.unit, read.request, self._timeout_s))
 
     async def _read_all(self, transport: Transport) -> Sequence[Scan]:
         values: dict[str, Value] = {}
         qualities: dict[str, str] = {}
-        for read in tuple(self._reads):
-            await self._ask(transport, read, values, qualities)
+        reads = deque(self._reads)
+        while reads:
+            read = reads.popleft()
+            try:
+                answer = await transport.call(self._config.unit, read.request, self._timeout_s)
+                decoded, bad = read.decode(_data(read, answer))
+            except Refused as error:
+                if error.reason.startswith("gateway-"):
+                    raise NoAnswer(error.reason, str(error)) from None
+                if error.reason in _HOLES and len(read.names) > 1:
+                    reads.extendleft(reversed(self._one_by_one(read)))
+                    continue
+                for name in read.names:
+                    values[name] = None
+                    qualities[name] = quality.bad(error.reason)
+                continue
+            values.update(zip(read.names, decoded, strict=True))
+            if bad:
+                qualities.update(bad)
         return (Scan(clock.wall_ms(), self._name, values, qualities or None),)
 
-    async def _ask(
-        self, transport: Transport, read: _Read, values: dict[str, Value], qualities: dict[str, str]
-    ) -> None:
-        try:
-            data = await self._data(transport, read)
-        except Refused as error:
-            if error.reason.startswith("gateway-"):
-                raise NoAnswer(error.reason, str(error)) from None
-            if error.reason in _HOLES and len(read.names) > 1:
-                await self._find_holes(transport, read, values, qualities)
-                return
-            for name in read.names:
-                values[name] = None
-                qualities[name] = quality.bad(error.reason)
-            return
-        decoded, bad = read.decode(data)
-        values.update(zip(read.names, decoded, strict=True))
-        if bad:
-            qualities.update(bad)
-
-    async def _find_holes(
-        self, transport: Transport, read: _Read, values: dict[str, Value], qualities: dict[str, str]
-    ) -> None:
-        """Read each tag of a refused block by itself, now and from now on."""
+    def _one_by_one(self, read: _Read) -> list[_Read]:
+        """Read each tag of a refused block by itself, now and from now on: find the holes."""
         singles = [_read(block) for block in split(read.block)]
         at = self._reads.index(read)
         self._reads[at : at + 1] = singles
@@ -214,14 +211,20 @@ class ModbusDriver:
             "%s: refuses to read %s %d to %d in one; its %d tags are read one by one",
             self._where, block.table, block.start, block.start + block.size - 1, len(singles),
         )  # fmt: skip
-        for single in singles:
-            await self._ask(transport, single, values, qualities)
+        return singles
 
 
 def _read(block: Block) -> _Read:
     request = pdu.read_request(block.function, block.start, block.size)
     names = tuple(placed.name for placed in block.tags)
     return _Read(block, request, pdu.answer_head(request), names, compile_block(block))
+
+
+def _data(read: _Read, answer: bytes) -> bytes:
+    """Return the data of an answer to this very read; raise Refused or BadAnswer."""
+    if answer[:2] == read.head and len(answer) == read.head[1] + 2:
+        return answer[2:]
+    raise pdu.not_an_answer(read.request, answer)
 
 
 def _unconfirmed(error: DeviceError) -> Unconfirmed:
