@@ -33,10 +33,6 @@ def as_decimals(values: Sequence[float]) -> Sequence[float]:
     return [a if b == c else next(rest) for a, b, c in zip(found, again, values, strict=True)]
 
 
-def decimals(values: Sequence[float]) -> tuple[Sequence[float], Sequence[bool]]:
-    return as_decimals(values), []
-
-
 def _rounded(values: Sequence[float]) -> Sequence[float]:
     """Return the values in seven digits, or nine where these are not enough."""
     if not isfinite(sum(values)):
