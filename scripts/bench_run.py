@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,16 @@ def sustained_at(readings_s: float, seconds: float, folder: Path) -> dict[str, f
         }
 
 
+def fsyncs(folder: Path) -> dict[str, float]:
+    """Return how many readings there were to a wait for the disk, as the journal counted when it was closed."""
+    from edgegw.journal.store import Reader
+
+    reader = Reader(folder / "journal.db")
+    wear = reader.wear()
+    reader.close()
+    return {"readings_per_fsync": round(wear.readings / max(1, wear.fsyncs))}
+
+
 def wait(counter: Counter, seconds: float) -> None:
     """Let time pass, reading what the counter prints."""
     end = time.monotonic() + seconds
@@ -171,10 +181,11 @@ def wait(counter: Counter, seconds: float) -> None:
 
 def sustained(seconds: float, demands: list[float]) -> list[dict[str, float]]:
     """Raise the demand until less than 97 % arrives."""
-    rows = []
+    rows: list[dict[str, float]] = []
     for demand in demands:
         with tempfile.TemporaryDirectory(prefix="edgegw-bench-") as folder:
-            rows.append(sustained_at(demand, seconds, Path(folder)))
+            row = sustained_at(demand, seconds, Path(folder))
+            rows.append(row | fsyncs(Path(folder)))
         if rows[-1]["share"] < 0.97:
             break
     return rows
@@ -248,31 +259,109 @@ def control(seconds: float) -> list[dict[str, float]]:
     return rows
 
 
+def first_request() -> float:
+    """Time from exec to the first bytes that a device gets."""
+    with tempfile.TemporaryDirectory(prefix="edgegw-bench-") as name, ExitStack() as stack:
+        port = free_port(DEVICES)
+        device = stack.enter_context(socket.create_server(("127.0.0.1", port)))
+        path = config(Path(name), port, free_port(1), 6_200)
+        began = time.monotonic()
+        stack.enter_context(run(path))
+        peer = stack.enter_context(device.accept()[0])
+        peer.recv(12)
+        return time.monotonic() - began
+
+
+def help_s() -> float:
+    """Time `edgegw --help`, the best of five."""
+    took = []
+    for _ in range(5):
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-m", "edgegw", "--help"], stdout=subprocess.DEVNULL, check=True)
+        took.append(time.monotonic() - began)
+    return min(took)
+
+
+def ceilings(seconds: float) -> dict[str, float]:
+    """Measure what the machine does without a gateway, in readings a second."""
+    import bench_ceilings as bare
+    import uvloop
+    from bench_field import answers
+
+    with tempfile.TemporaryDirectory(prefix="edgegw-bench-") as name, ExitStack() as stack:
+        folder = Path(name)
+        field_port, broker_port = free_port(DEVICES), free_port(1)
+        with field(field_port):
+            read = uvloop.run(bare.pymodbus(field_port, DEVICES, TAGS, seconds))
+            wire = uvloop.run(bare.wire(field_port, DEVICES, TAGS, seconds))
+        made, readings = bare.batches([answers(2 * TAGS, i) for i in range(DEVICES)], TAGS, 97)
+        inserted = bare.sqlite(folder, made, readings, seconds)
+        stack.enter_context(mosquitto(folder, broker_port))
+        published = bare.paho(broker_port, made, readings, seconds)
+    return {
+        "bare_pymodbus_loop": round(read),
+        "bare_protocol_loop": round(wire),
+        "bare_sqlite_insert": round(inserted),
+        "bare_paho_publish": round(published),
+    }
+
+
+def beside(rows: list[dict[str, float]], bare: dict[str, float]) -> list[dict[str, float]]:
+    """Put what arrived beside what a bare reading loop gets."""
+    loop = bare["bare_pymodbus_loop"]
+    return [{**row, "of_pymodbus_loop": round(row["arrived"] / loop, 3)} for row in rows]
+
+
+def measures(asked: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """Return what can be measured, by name, in the order of `all`."""
+
+    def all_sustained() -> Any:
+        bare = ceilings(min(5.0, asked.seconds))
+        rows = sustained(
+            asked.seconds, asked.demand or [200e3, 400e3, 500e3, 600e3, 700e3, 800e3, 900e3, 1e6]
+        )
+        return [*beside(rows, bare), bare]
+
+    def all_opcua() -> Any:
+        from bench_opcua import opcua
+
+        return opcua(asked.seconds, asked.demand or [20e3, 60e3, 100e3, 150e3, 200e3, 300e3])
+
+    def grown(what: str) -> Any:
+        import bench_growth
+
+        return getattr(bench_growth, what)(asked.seconds)
+
+    return {
+        "start": lambda: {
+            **start(),
+            "first_request_s": round(first_request(), 2),
+            "help_s": round(help_s(), 3),
+        },
+        "sustained": all_sustained,
+        "drain": lambda: drain(asked.backlog),
+        "control": lambda: control(max(20.0, asked.seconds)),
+        "opcua": all_opcua,
+        "growth": lambda: grown("growth"),
+        "slow": lambda: grown("slow"),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "what", nargs="?", default="all", choices=["sustained", "drain", "start", "control", "opcua", "all"]
-    )
+    names = ["start", "sustained", "drain", "control", "opcua", "growth", "slow"]
+    parser.add_argument("what", nargs="?", default="all", choices=[*names, "all"])
     parser.add_argument("--seconds", type=float, default=8.0, help="how long each demand is measured")
     parser.add_argument("--demand", type=float, action="append", help="readings a second to ask for")
     parser.add_argument("--backlog", type=int, default=1_000_000, help="readings of the backlog to drain")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
+    chosen = names if asked.what == "all" else [asked.what]
+    measured = measures(asked)
     results: dict[str, Any] = {}
-    if asked.what in ("start", "all"):
-        results["start"] = start()
-    if asked.what in ("sustained", "all"):
-        results["sustained"] = sustained(
-            asked.seconds, asked.demand or [200e3, 300e3, 400e3, 500e3, 600e3, 700e3]
-        )
-    if asked.what in ("drain", "all"):
-        results["drain"] = drain(asked.backlog)
-    if asked.what in ("control", "all"):
-        results["control"] = control(max(20.0, asked.seconds))
-    if asked.what in ("opcua", "all"):
-        from bench_opcua import opcua
-
-        results |= opcua(asked.seconds, asked.demand or [20e3, 60e3, 100e3, 150e3, 200e3, 300e3])
+    for what in chosen:
+        found = measured[what]()
+        results |= found if what == "opcua" else {what: found}
     if asked.json:
         print(json.dumps(results, indent=2))
         return
