@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -380,6 +381,100 @@ async def test_what_is_not_opc_ua_is_an_error_and_tried_again() -> None:
             assert isinstance(error, NotConnected | NoAnswer | BadAnswer)
     assert connections >= 3
     server.close()
+
+
+class Middleman:
+    """Passes on what driver and server say, but for the first publish response to alter."""
+
+    def __init__(self, url: str, alter: Callable[[bytearray, int], bool]) -> None:
+        self._port = int(url.rsplit(":", 1)[1].strip("/"))
+        self._alter = alter
+        self.altered = False
+
+    async def __aenter__(self) -> str:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return f"opc.tcp://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/"
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", self._port)
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._pass(reader, back))
+                group.create_task(self._pass(there, writer))
+        writer.close()
+        back.close()
+
+    async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = await source.readexactly(8)
+                rest = bytearray(await source.readexactly(struct.unpack("<I", head[4:])[0] - 8))
+                body = rest[16:]
+                if rest[16:20] == b"\1\0\x3d\3" and not self.altered:  # a publish response
+                    message = 36 + 4 * max(0, struct.unpack_from("<i", body, 32)[0])
+                    if struct.unpack_from("<i", body, message + 13)[0]:
+                        self.altered = self._alter(body, message)
+                sink.write(head + rest[:16] + body)
+        finally:
+            sink.close()
+
+
+def put(at: int, kind: str, value: int) -> Callable[[bytearray, int], bool]:
+    """Return what writes a number at a distance from the beginning of a notification message."""
+
+    def alter(body: bytearray, message: int) -> bool:
+        struct.pack_into(kind, body, message + at, value)
+        return True
+
+    return alter
+
+
+def skip_one(body: bytearray, message: int) -> bool:
+    """Leave the first message as it is, and number the next as the one after the next."""
+    (sequence,) = struct.unpack_from("<I", body, message + 1)
+    struct.pack_into("<I", body, message + 1, sequence + (sequence > 1))
+    return bool(sequence > 1)
+
+
+@pytest.mark.parametrize(
+    ("alter", "reason"),
+    [
+        (put(17 + 9, "<i", 2**31 - 1), "bad-answer"),  # how many items there are
+        (put(17 + 9 + 4, "<I", 5), "bad-answer"),  # the first one's place, of 0 to 4
+        (put(17 + 9 + 4 + 4 + 1, "<B", 0x98), "bad-answer"),  # its type: an array of variants
+        (skip_one, "notification-lost"),
+    ],
+    ids=[
+        "more items than there are bytes",
+        "a value of nobody",
+        "a type that it has not",
+        "a message missing",
+    ],
+)
+async def test_a_publication_that_is_not_sound_ends_the_connection_and_the_present_values_follow(
+    field: Field, alter: Callable[[bytearray, int], bool], reason: str
+) -> None:
+    middleman = Middleman(field.url, alter)
+    async with middleman as url, OpcUaDriver("plant", config(url, timestamp="gateway")) as driver:
+        seen: list[Scan] = []
+        error = None
+        while error is None:
+            try:
+                seen += await scan(driver)
+            except DeviceError as found:
+                error = found
+            else:
+                await field.set("Voltage", 231.5)
+        assert middleman.altered
+        assert (type(error), error.reason) == (BadAnswer, reason)
+        known = EVERY | {"voltage": 231.5}
+        assert {(tag, str(value)) for one in seen for tag, value in one.values.items()} <= {
+            (tag, str(value)) for tag, value in (*EVERY.items(), *known.items())
+        }
+        assert (await values_once(driver, set(EVERY)))["count"] == 7
 
 
 def sockets() -> int:

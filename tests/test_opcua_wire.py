@@ -17,7 +17,7 @@ from edgegw.config.schema import OpcUaTag
 from edgegw.domain.record import Scan
 from edgegw.drivers.opcua import failures, values, wire
 from edgegw.drivers.opcua.block import Block, Points, block_of, joined
-from edgegw.drivers.opcua.request import encode_node, read_request
+from edgegw.drivers.opcua.request import encode_item, encode_node, items_request, read_request
 from edgegw.drivers.opcua.values import Reading
 
 V = ua.VariantType
@@ -330,5 +330,20 @@ def test_a_read_of_encoded_nodes_is_the_request_that_asyncua_makes() -> None:
         asked = ua.ReadValueId(NodeId=node, AttributeId=ua.IntegerId(ua.AttributeIds.Value))
         theirs.Parameters.NodesToRead.append(asked)
     ours = read_request([encode_node(node) for node in nodes])
+    ours.RequestHeader = theirs.RequestHeader
+    assert struct_to_binary(ours) == struct_to_binary(theirs)
+
+
+def test_the_request_for_encoded_items_is_the_one_that_asyncua_makes() -> None:
+    nodes = [ua.NodeId.from_string(node) for node in NODES]
+    theirs = ua.CreateMonitoredItemsRequest()
+    theirs.Parameters.SubscriptionId = ua.IntegerId(3)
+    for place, node in enumerate(nodes):
+        asked = ua.ReadValueId(NodeId=node, AttributeId=ua.IntegerId(ua.AttributeIds.Value))
+        wanted = ua.MonitoringParameters(place, 250.0, QueueSize=10, DiscardOldest=True)
+        item = ua.MonitoredItemCreateRequest(asked, ua.MonitoringMode.Reporting, wanted)
+        theirs.Parameters.ItemsToCreate.append(item)
+    items = [encode_item(encode_node(node), place, 250.0, 10) for place, node in enumerate(nodes)]
+    ours = items_request(3, items)
     ours.RequestHeader = theirs.RequestHeader
     assert struct_to_binary(ours) == struct_to_binary(theirs)

@@ -1,6 +1,7 @@
 """Writing of OPC UA nodes: types as tables, and a real server in a process of its own (see `serve`) that counts."""
 
 import asyncio
+import contextlib
 import json
 import math
 import signal
@@ -481,7 +482,14 @@ async def test_a_write_that_is_cancelled_leaves_nothing_behind(field: Field) -> 
                 await asyncio.sleep(0)
             write.cancel()
             await asyncio.wait([write])
-        assert await driver.write("double", 99.0) == 99.0
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                with contextlib.suppress(
+                    NotConnected
+                ):  # the last one was not yet delivered when it was cancelled
+                    assert await driver.write("double", 99.0) == 99.0
+                    break
+                await asyncio.sleep(0)
         sent = [value for _, _, value in await field.writes()]
         assert len(sent) == len(set(sent)), "none was sent twice"
     await gone(baseline)
@@ -593,7 +601,7 @@ async def test_p6_a_write_that_was_given_up_does_not_arrive_later(field: Field) 
         await relay.stop()
         connection = driver._connection
         assert connection is not None
-        heap = [asyncio.create_task(connection.read(driver._nodes * 90)) for _ in range(20)]
+        heap = [asyncio.create_task(connection.poll(driver._nodes * 90)) for _ in range(20)]
         await asyncio.sleep(0)
         with pytest.raises(Unconfirmed) as caught:
             await driver.write("string", "the one given up")

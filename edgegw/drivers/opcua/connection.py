@@ -133,9 +133,12 @@ class Connection:
             raise writing.failure(statuses[0].value)
 
     async def subscribe(
-        self, nodes: Sequence[ua.NodeId], every_s: float, published: Published
+        self, nodes: Sequence[bytes], every_s: float, published: Published
     ) -> list[ua.StatusCode]:
-        """Have the server publish the nodes' changes; return the status of each node, raise DeviceError."""
+        """Have the server publish changes of nodes as `request` encodes them; raise DeviceError.
+
+        Returns the status of each node.
+        """
         statuses: list[ua.StatusCode] = []
         with self._errors("subscribing"):
             every_ms = every_s * 1000.0
@@ -157,15 +160,16 @@ class Connection:
             publishing = self._publish(subscription.SubscriptionId, len(nodes), published)
             self._publishing = asyncio.create_task(publishing, name="opcua publish")
             self._publishing.add_done_callback(lambda _: self._gone.set())
-            for chunk in _chunks(range(len(nodes)), self.items_limit):
-                items = ua.CreateMonitoredItemsParameters(
-                    SubscriptionId=subscription.SubscriptionId,
-                    ItemsToCreate=[_item(nodes[place], place, every_ms) for place in chunk],
-                )
-                results = await self._client.uaclient.session.create_monitored_items(items)
-                if len(results) != len(chunk):
-                    self._distrust(f"found {len(results)} monitored items; expected {len(chunk)}")
-                statuses += [result.StatusCode for result in results]
+            items = [
+                request.encode_item(node, place, every_ms, ITEM_QUEUE) for place, node in enumerate(nodes)
+            ]
+            for chunk in _chunks(items, self.items_limit):
+                asked = request.items_request(subscription.SubscriptionId, chunk)
+                made = struct_from_binary(ua.CreateMonitoredItemsResponse, Buffer(await self._ask(asked)))
+                made.ResponseHeader.ServiceResult.check()
+                if len(made.Results) != len(chunk):
+                    self._distrust(f"found {len(made.Results)} monitored items; expected {len(chunk)}")
+                statuses += [result.StatusCode for result in made.Results]
         return statuses
 
     async def browse(self, node: ua.NodeId) -> list[ua.ReferenceDescription]:
@@ -340,19 +344,6 @@ class Connection:
 def _with_port(url: str) -> str:
     parts = urlsplit(url)
     return url if parts.port is not None else urlunsplit(parts._replace(netloc=f"{parts.netloc}:{PORT}"))
-
-
-def _item(node: ua.NodeId, place: int, every_ms: float) -> ua.MonitoredItemCreateRequest:
-    return ua.MonitoredItemCreateRequest(
-        ItemToMonitor=ua.ReadValueId(NodeId=node, AttributeId=ua.IntegerId(AttributeIds.Value)),
-        MonitoringMode=ua.MonitoringMode.Reporting,
-        RequestedParameters=ua.MonitoringParameters(
-            ClientHandle=ua.IntegerId(place),
-            SamplingInterval=ua.Duration(every_ms),
-            QueueSize=ua.Counter(ITEM_QUEUE),
-            DiscardOldest=True,
-        ),
-    )
 
 
 def _chunks(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:

@@ -40,8 +40,9 @@ class OpcUaDriver:
         self._name = name
         self._config = config
         self._points = Points(name, config.tags)
-        self._nodes = [ua.NodeId.from_string(tag.address) for tag in config.tags.values()]
-        self._asked = [request.encode_node(node) for node in self._nodes]
+        self._nodes = [
+            request.encode_node(ua.NodeId.from_string(tag.address)) for tag in config.tags.values()
+        ]
         self._where = f"device.{name} ({config.url})"
         self._queue_most = queue_most
         self._queue: deque[tuple[int, Block] | DeviceError] = deque()
@@ -116,7 +117,7 @@ class OpcUaDriver:
 
     async def _read(self, connection: Connection) -> Block:
         try:
-            return await connection.poll(self._asked)
+            return await connection.poll(self._nodes)
         except DeviceError as error:
             raise self._located(error) from error
 
