@@ -186,10 +186,11 @@ def test_what_is_published_is_decoded_as_asyncua_decodes_it(
 
 
 def test_plain_numbers_are_not_left_to_asyncua(monkeypatch: pytest.MonkeyPatch) -> None:
-    body = read([ua.DataValue(ua.Variant(1.5, V.Double)), ua.DataValue(ua.Variant("on", V.String))])
+    unknown = valueless(ua.DataValue(StatusCode=ua.StatusCode(ua.StatusCodes.BadNodeIdUnknown)))
+    body = read([ua.DataValue(ua.Variant(1.5, V.Double)), ua.DataValue(ua.Variant("on", V.String)), unknown])
     published = publish(changes([(0, ua.DataValue(ua.Variant(7, V.Int32)))]))
     monkeypatch.delattr(wire, "struct_from_binary")
-    assert wire.read_response(body).raws == [1.5, "on"]
+    assert wire.read_response(body).raws == [1.5, "on", None]
     assert wire.publish_response(published).changes[0].raws == [7]
 
 

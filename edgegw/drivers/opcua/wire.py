@@ -21,7 +21,7 @@ _READ, _PUBLISH, _CHANGE = (
     for name in ("ReadResponse", "PublishResponse", "DataChangeNotification")
 )
 _STRING = ua.VariantType.String.value
-_NUMBERS = dict(enumerate("?bBhHiIqQfd", start=ua.VariantType.Boolean.value))
+_FORMS = dict(enumerate("?bBhHiIqQfd", start=ua.VariantType.Boolean.value))
 """How `struct` names the built-in types from Boolean to Double (5.1.2)."""
 _VALUE, _STATUS, _SOURCE, _SERVER, _SOURCE_FINE, _SERVER_FINE = (1 << bit for bit in range(6))
 """What the mask says is there of a value (5.2.2.17)."""
@@ -51,16 +51,19 @@ class _Shape(NamedTuple):
 def _shape(mask: int, value: str) -> _Shape:
     status, source = "I" if mask & _STATUS else "0s", "q" if mask & _SOURCE else "0s"
     unused = sum(size for bit, size in ((_SERVER, 8), (_SOURCE_FINE, 2), (_SERVER_FINE, 2)) if mask & bit)
-    form = f"2x{value}{status}{source}{unused}x"
+    form = f"{value}{status}{source}{unused}x"
     return _Shape(form, struct.calcsize("<" + form))
 
 
 _MASKS = range(_VALUE, 1 << 6, 2)
-_SHAPES = {
-    bytes((mask, kind)): _shape(mask, form) for mask, (kind, form) in product(_MASKS, _NUMBERS.items())
+_NUMBERS = {
+    bytes((mask, kind)): _shape(mask, f"2x{form}") for mask, (kind, form) in product(_MASKS, _FORMS.items())
 }
-"""By the two bytes that a value begins with, its mask and its type, if it is a number."""
-_TEXTS = frozenset(bytes((mask, _STRING)) for mask in _MASKS)
+"""By the two bytes that a number begins with, its mask and its type."""
+_TEXTS = {bytes((mask, _STRING)): _shape(mask, "") for mask in _MASKS}
+"""By the same, what follows a text."""
+_VALUELESS = {bytes((mask,)): _shape(mask, "x0s") for mask in range(0, 1 << 6, 2)}
+"""By its mask, what comes without a value."""
 
 
 class Publication(NamedTuple):
@@ -155,18 +158,22 @@ def _block(body: bytes, begin: int, count: int, lead: str) -> tuple[Block, int]:
     at = begin
     kinds = bytearray()
     forms = []
-    texts: dict[int, str | None] = {}
-    others: dict[int, ua.DataValue] = {}
+    others: dict[int, str | ua.DataValue | None] = {}
     for i in range(count):
         at += ahead
         head = body[at : at + 2]
-        shape = _SHAPES.get(head)
+        shape = _NUMBERS.get(head)
         if shape is not None:
             kinds.append(head[1])
         elif head in _TEXTS:
             kinds.append(0)
-            texts[i], taken = _text(body, at + len(head))
-            shape = _shape(head[0], f"{taken}x0s")
+            others[i], taken = _text(body, at + len(head))
+            form, size = _TEXTS[head]
+            shape = _Shape(f"2x{taken}x0s{form}", len(head) + taken + size)
+        elif head[:1] in _VALUELESS:
+            kinds.append(0)
+            others[i] = None
+            shape = _VALUELESS[head[:1]]
         else:
             kinds.append(0)
             if _endless(head):
@@ -179,10 +186,11 @@ def _block(body: bytes, begin: int, count: int, lead: str) -> tuple[Block, int]:
         at += size
     fields = struct.unpack_from("<" + lead + lead.join(forms), body, begin) if forms else ()
     raws, statuses, ticks = (list(fields[field::4]) for field in (1, 2, 3))
-    for i, text in texts.items():
-        raws[i] = text
-    for i, data in others.items():
-        raws[i], statuses[i], ticks[i] = columns(data)
+    for i, other in others.items():
+        if isinstance(other, ua.DataValue):
+            raws[i], statuses[i], ticks[i] = columns(other)
+        else:
+            raws[i] = other
     return Block(fields[0::4], bytes(kinds), raws, statuses, ticks), at
 
 
