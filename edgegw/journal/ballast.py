@@ -20,8 +20,11 @@ class Ballast:
 
     @property
     def spare(self) -> bool:
-        """Whether there is plenty of room on the disk besides."""
-        disk = os.statvfs(self.path.parent)
+        """Whether there is plenty of room on the disk besides, as far as anybody can say."""
+        try:
+            disk = os.statvfs(self.path.parent)
+        except OSError:
+            return True
         return disk.f_bavail * disk.f_frsize >= SPARE * self._size
 
     def hold(self) -> bool:

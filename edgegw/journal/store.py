@@ -78,16 +78,25 @@ class Stored(NamedTuple):
     bytes: int
 
 
+def wal_bytes(max_bytes: int) -> int:
+    """Return the WAL's share of what a journal may take."""
+    return min(16 * 1024**2, max_bytes // 4)
+
+
+def ballast_bytes(max_bytes: int) -> int:
+    """Return what a journal must be given back on a full disk: what the WAL grows to before it is emptied, and some."""
+    return wal_bytes(max_bytes) // 4 + SLACK
+
+
 class Store:
     """The writing connection. Used by one thread; every method raises JournalError or JournalDamaged."""
 
     def __init__(self, path: Path, max_bytes: int) -> None:
         self.path = path
-        self.wal_bytes = min(16 * 1024**2, max_bytes // 4)
-        self.ballast_bytes = self.wal_bytes // 4 + SLACK
+        self.wal_bytes = wal_bytes(max_bytes)
         self.stream = ""
         self._fsyncs = 0
-        self._max_pages = self._limit_pages = (max_bytes - self.wal_bytes - self.ballast_bytes) // PAGE
+        self._max_pages = self._limit_pages = (max_bytes - self.wal_bytes - ballast_bytes(max_bytes)) // PAGE
         self._confined = False
         self._wal_pages = 0
         self._db: apsw.Connection | None = None

@@ -28,7 +28,7 @@ from edgegw.journal.mark import Mark, MarkFile
 from edgegw.journal.retention import Doom, Loss
 from edgegw.journal.settled import Settled
 from edgegw.journal.spanner import Spanner
-from edgegw.journal.store import PAGE, SLACK, Row, Span, Store, Tip, set_aside, unpack
+from edgegw.journal.store import PAGE, SLACK, Row, Span, Store, Tip, ballast_bytes, set_aside, unpack
 from edgegw.journal.succession import Left
 from edgegw.journal.wear import Meter, Wear
 
@@ -98,7 +98,7 @@ class Writer:
         self._tell = tell
         self._mark = MarkFile(path)
         self._keeper = Keeper(config, settled, max_message)
-        self._ballast: Ballast | None = None
+        self._ballast = Ballast(path, ballast_bytes(config.max_size))
         self._confined = self._cramped = False
         self._ballast_at = -BALLAST_EVERY_S
         self._store: Store | None = None
@@ -158,10 +158,9 @@ class Writer:
                 self._failed(error)
                 self._replace("damaged", str(error))
                 step()
-        except JournalFull as error:
-            self._squeezed(error)
         except JournalError as error:
             self._failed(error)
+            self._squeezed(full=isinstance(error, JournalFull))
         except Exception as error:  # the thread's edge: without the writer nothing would be kept any more
             if not self._failures:
                 log.exception("journal: crashed")
@@ -173,24 +172,25 @@ class Writer:
             self._failures = 0
             self.error = None
 
-    def _squeezed(self, error: JournalFull) -> None:
-        """Give the ballast back, and from now on let go of old batches for new ones instead of growing."""
-        self._failed(error)
-        self._cramped = True
-        if self._ballast is not None and self._ballast.spare:
-            return  # it is our own limit
+    def _squeezed(self, *, full: bool) -> None:
+        """On a full disk give the ballast back, and from now on let go of old batches for new ones instead of growing.
+
+        Not only where SQLite says so: where it cannot make its files it speaks of an I/O error.
+        """
+        self._cramped = self._cramped or full
+        if self._ballast.spare:
+            return  # it is our own limit, or something else
         if not self._confined:
             log.error(
                 "journal: the ballast is given back; until there is room again old batches go for new ones"
             )
-        if self._ballast is not None:
-            self._ballast.give()
+        self._ballast.give()
         self._confined = True
         self._ballast_at = clock.mono_s()
 
     def _hold_ballast(self, store: Store) -> None:
         """See now and then whether there is room to grow: as much as the ballast takes, and some."""
-        if self._ballast is None or clock.mono_s() - self._ballast_at < BALLAST_EVERY_S:
+        if clock.mono_s() - self._ballast_at < BALLAST_EVERY_S:
             return
         self._ballast_at = clock.mono_s()
         if not self._ballast.hold():
@@ -268,7 +268,6 @@ class Writer:
             self._settled.begin(store.stream, settled, tip.head)
         if self._confined:
             store.confine()
-        self._ballast = Ballast(self._path, store.ballast_bytes)
         self.head, self.stream = tip.head, store.stream
         self._store, self._sealer = store, Sealer(self._gateway, store.stream, tip.head, tip.digest)
         unsure, self._unsure = self._unsure, None
