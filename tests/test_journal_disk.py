@@ -146,7 +146,7 @@ async def stop(run: Process) -> None:
 async def test_p5_others_fill_the_disk_and_nothing_stops_or_goes_unnamed(tmp_path: Path, disk: Disk) -> None:
     """With the broker there, without it, and with room again."""
     port = free_port()
-    backlog(disk.journal)
+    backlog(disk.journal, 96 * 1024)
     sizes = []
     async with field() as meter:
         with gateway(tmp_path, site(disk, port, meter)) as run:
@@ -159,7 +159,7 @@ async def test_p5_others_fill_the_disk_and_nothing_stops_or_goes_unnamed(tmp_pat
                 before = len(first.batches("data"))
                 await until(lambda: len(first.batches("data")) > before + 20, "live batches all the same")
                 sizes.append(disk.bytes)
-            await scans_go_on(meter, 300)
+            await scans_go_on(meter, 400)
             sizes.append(disk.bytes)
             disk.free()
             await until(lambda: run.said("there is room on the disk again"), "it to be said")
@@ -173,6 +173,7 @@ async def test_p5_others_fill_the_disk_and_nothing_stops_or_goes_unnamed(tmp_pat
                 await until(lambda: whole(messages()).covers(1, head(disk)), "all of it or its gap")
     is_sound(messages())
     assert max(sizes) <= MAX_SIZE
+    assert named({m.body for m in messages()}, messages()[0].batch.stream), "the oldest went, or were thinned"
     assert run.said("back after")
     assert not run.said("Traceback")
 
