@@ -198,15 +198,15 @@ def journal_head(folder: Path) -> int:
 class Proxy:
     """A TCP way round: slow, or silent without closing, as a radio link is."""
 
-    def __init__(self, to_port: int, bytes_s: float | None = None) -> None:
-        self.port = 0
+    def __init__(self, to_port: int, bytes_s: float | None = None, port: int = 0) -> None:
+        self.port = port
         self.frozen = False
         self._to_port = to_port
         self._bytes_s = bytes_s
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener = socket.create_server(("127.0.0.1", self.port))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
         self._server = await asyncio.start_server(self._serve, sock=listener, limit=8 * 1024)
         self.port = listener.getsockname()[1]

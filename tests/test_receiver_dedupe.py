@@ -20,7 +20,7 @@ class Shelf:
             new, lambda: [batch for batch in self.kept if batch.seq <= new.last and batch.last >= seq]
         )
         if verdict in (Verdict.NEW, Verdict.BESIDE):
-            self.stream.keep(seq, count)
+            self.stream.keep(seq, count, recorded=not period_s)
             self.kept.append(new)
         return verdict
 
@@ -63,12 +63,11 @@ def test_a_summary_beside_the_batches_it_stands_for_is_no_conflict() -> None:
     shelf = Shelf()
     for seq in (1, 3):
         assert shelf.offer(seq, 2, digest=b"%d" % seq) is Verdict.NEW
-    assert shelf.offer(1, 4, 60, b"s") is Verdict.DUPLICATE, "finer ones tell of all of it"
-    assert shelf.offer(3, 6, 60, b"t") is Verdict.BESIDE, "finer ones tell of a part of it"
+    assert shelf.offer(1, 2, 60, b"s") is Verdict.BESIDE, "it may tell of more than its own seqs"
+    assert shelf.offer(3, 6, 60, b"t") is Verdict.BESIDE
     assert shelf.stream.missing() == []
     assert shelf.offer(3, 6, 60, b"t") is Verdict.DUPLICATE
     assert shelf.offer(5, 2, digest=b"5") is Verdict.BESIDE, "it tells more"
-    assert shelf.offer(1, 8, 900, b"u") is Verdict.DUPLICATE
     assert shelf.offer(1, 12, 900, b"u") is Verdict.BESIDE
     assert shelf.offer(9, 4, 60, b"v") is Verdict.BESIDE
     assert shelf.offer(9, 4, 900, b"v") is Verdict.CONFLICT, "a quarter within another"
@@ -78,11 +77,13 @@ def test_a_summary_beside_the_batches_it_stands_for_is_no_conflict() -> None:
 
 def test_what_the_sink_has_forgotten_is_taken_for_a_duplicate() -> None:
     stream = Stream()
-    stream.keep(1, 10)
+    stream.keep(1, 10, recorded=True)
     assert stream.judge(Outline(3, 2, 0, b""), list) is Verdict.DUPLICATE
     assert stream.judge(Outline(9, 4, 0, b""), list) is Verdict.CONFLICT
     assert stream.judge(Outline(3, 2, 60, b""), list) is Verdict.DUPLICATE
     assert stream.judge(Outline(9, 4, 60, b""), list) is Verdict.BESIDE
+    summary = Outline(3, 2, 60, b"s")
+    assert stream.judge(Outline(3, 2, 0, b""), lambda: [summary]) is Verdict.DUPLICATE
 
 
 def test_named_gaps_are_not_missing() -> None:

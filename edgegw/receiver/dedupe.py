@@ -68,47 +68,48 @@ class Verdict(Enum):
 class Stream:
     """One stream as received so far."""
 
-    __slots__ = ("gaps", "named", "received")
+    __slots__ = ("gaps", "named", "received", "recorded")
 
     def __init__(self) -> None:
         self.received = Ranges()
+        self.recorded = Ranges()
         self.named = Ranges()
         self.gaps: list[NamedGap] = []
 
     def judge(self, batch: Outline, kept: Callable[[], Sequence[Outline]]) -> Verdict:
         """Say what a batch is; `kept` is asked for the kept batches that overlap it only where some must.
 
-        A summary and what it took the place of are no conflict: each is kept unless finer ones tell of all its seqs.
-        `kept` may have forgotten old batches: what it no longer knows of counts as told by finer ones.
+        A summary and what it took the place of are no conflict, and both are kept: what stands for a stretch is spread
+        over its summaries, so that one may tell of readings beyond its own seqs. `kept` may have forgotten old
+        batches: what is covered by what it no longer knows of counts as a duplicate.
         """
-        seqs = batch.seq, batch.last
-        if not self.received.overlaps(*seqs):
+        if not self.received.overlaps(batch.seq, batch.last):
             return Verdict.NEW
         there = kept()
         if batch in there:
             return Verdict.DUPLICATE
-        if not all(batch.agrees(other) for other in there):
+        forgotten = self._forgotten(batch, there)
+        if forgotten.covers(batch.seq, batch.last):
+            return Verdict.DUPLICATE
+        if (forgotten and not batch.period_s) or not all(batch.agrees(other) for other in there):
             return Verdict.CONFLICT
-        finer = self._forgotten(batch, there)
-        if finer and not batch.period_s and not finer.covers(*seqs):
-            return Verdict.CONFLICT
-        for other in there:
-            if other.period_s < batch.period_s:
-                finer.add(other.seq, other.last)
-        return Verdict.DUPLICATE if finer.covers(*seqs) else Verdict.BESIDE
+        return Verdict.BESIDE
 
     def _forgotten(self, batch: Outline, there: Sequence[Outline]) -> Ranges:
-        """Return which of a batch's seqs were received with batches that are not there any more."""
+        """Return which of a batch's seqs came with batches like it that are not there any more."""
         forgotten = Ranges([(batch.seq, batch.last)])
-        for hole in self.received.gaps(batch.seq, batch.last):
+        for hole in (self.received if batch.period_s else self.recorded).gaps(batch.seq, batch.last):
             forgotten.remove(*hole)
         for other in there:
-            forgotten.remove(other.seq, other.last)
+            if batch.period_s or not other.period_s:
+                forgotten.remove(other.seq, other.last)
         return forgotten
 
-    def keep(self, seq: int, count: int) -> None:
-        """Count a batch as received."""
+    def keep(self, seq: int, count: int, *, recorded: bool = False) -> None:
+        """Count a batch as received; `recorded` ones, which are no summaries, need remembering by who may forget."""
         self.received.add(seq, seq + count - 1)
+        if recorded:
+            self.recorded.add(seq, seq + count - 1)
 
     def name(self, gap: NamedGap) -> bool:
         """Take in a gap event; False if it is known."""

@@ -85,7 +85,7 @@ class Intake:
         self._sink.add(batch, wall_ms(), beside=verdict is Verdict.BESIDE)
         if self._corrector is not None:
             self._corrector.take(batch)
-        stream.keep(batch.seq, batch.count)
+        stream.keep(batch.seq, batch.count, recorded=not batch.period_s)
         self._touched.add(key)
         if batch.kind is Kind.EVENT:
             self._name_gaps(batch)

@@ -13,7 +13,7 @@ from edgegw.receiver.sink import Figures, SinkError, Span
 from edgegw.receiver.wire import Batch
 
 REMEMBERED = 10_000
-"""How many batches of a stream can still be compared with one that comes again."""
+"""How many batches of a stream, and how many summaries, can still be compared with one that comes again."""
 
 _ENVELOPE = ("gateway", "stream", "seq")
 
@@ -48,7 +48,8 @@ class _Written:
     """What is remembered of one stream."""
 
     def __init__(self) -> None:
-        self.recent: OrderedDict[tuple[int, int, int], Outline] = OrderedDict()
+        self.recent: OrderedDict[tuple[int, int], Outline] = OrderedDict()
+        self.summaries: OrderedDict[tuple[int, int, int], Outline] = OrderedDict()
         self.joined = Joined()
         self.figures = Figures(0, 0, 0, 0)
 
@@ -67,18 +68,22 @@ class NdjsonSink:
         return ()
 
     def kept(self, key: Key, seq: int, last: int) -> Sequence[Outline]:
-        recent = self._written[key].recent
-        if (same := recent.get((seq, last, 0))) is not None:
-            return [same]  # whatever else there is, this tells of it all
-        return [batch for batch in recent.values() if batch.seq <= last and batch.last >= seq]
+        written = self._written[key]
+        same = written.recent.get((seq, last))  # then no other but a summary can overlap
+        there = [*([same] if same else written.recent.values()), *written.summaries.values()]
+        return [batch for batch in there if batch.seq <= last and batch.last >= seq]
 
     def add(self, batch: Batch, received_ms: int, *, beside: bool = False) -> None:
         lines = [line(batch.key, seq, raw) for seq, raw in zip(_seqs(batch), batch.raw, strict=True)]
         self._write(b"".join(lines))
         written = self._written.setdefault(batch.key, _Written())
-        written.recent[batch.seq, batch.last, batch.period_s] = batch.outline
-        if len(written.recent) > REMEMBERED:
-            written.recent.popitem(last=False)
+        if batch.period_s:
+            written.summaries[batch.seq, batch.last, batch.period_s] = batch.outline
+        else:
+            written.recent[batch.seq, batch.last] = batch.outline
+        for remembered in (written.recent, written.summaries):
+            if len(remembered) > REMEMBERED:
+                remembered.popitem(last=False)
         written.joined.add(batch.link)
         so_far = written.figures
         written.figures = Figures(
