@@ -208,7 +208,8 @@ class Session(asyncio.Protocol):
         if kind == ids.CreateSubscriptionRequest_Encoding_DefaultBinary:
             asked = struct_from_binary(ua.CreateSubscriptionRequest, body).Parameters
             self._every_s = asked.RequestedPublishingInterval / 1000.0
-            self._ticking = asyncio.get_running_loop().call_later(self._every_s, self._tick)
+            self._tick_at_s = asyncio.get_running_loop().time()
+            self._tick()
             return ua.CreateSubscriptionResponse(
                 Parameters=ua.CreateSubscriptionResult(
                     SUBSCRIPTION,
@@ -230,7 +231,8 @@ class Session(asyncio.Protocol):
 
     def _tick(self) -> None:
         """Have a value of each item to publish; what nobody asked for in time is not sent later."""
-        self._ticking = asyncio.get_running_loop().call_later(self._every_s, self._tick)
+        self._tick_at_s += self._every_s
+        self._ticking = asyncio.get_running_loop().call_at(self._tick_at_s, self._tick)
         if self._items:
             self._due = min(self._due + 1, 3)
             self._publish()
