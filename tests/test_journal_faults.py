@@ -2,12 +2,14 @@
 
 import asyncio
 import gc
+import json
 import os
 import random
 import resource
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -30,12 +32,14 @@ from journal_rig import (
 )
 from powercut import Disk, disk
 
+from edgegw.domain.batch import Kind
+from edgegw.domain.ranges import Ranges
 from edgegw.domain.record import Scan
 from edgegw.errors import JournalError
 from edgegw.journal import inbox
 from edgegw.journal.journal import Found, Journal
 from edgegw.journal.mark import MarkFile
-from edgegw.journal.store import Reader, Store, set_aside, unpack, walk
+from edgegw.journal.store import PAGE, Reader, Store, set_aside, unpack, walk
 
 DEADLINE_S = 10.0
 
@@ -231,6 +235,61 @@ def test_a_flipped_bit_in_the_database_costs_its_batch_alone_or_is_named(tmp_pat
     assert outcomes["batch"] > 75, outcomes
     assert outcomes["new stream"] < 25, outcomes
     assert outcomes["stretch"] <= 3, outcomes
+
+
+def pages(path: Path, *tables: str) -> list[int]:
+    """Return where the pages of some tables and indexes begin in a file."""
+    db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+    try:
+        rows: Any = db.execute("SELECT name, pgoffset FROM dbstat").fetchall()
+    finally:
+        db.close(True)
+    return [offset for name, offset in rows if name in tables]
+
+
+def test_a_flipped_bit_beside_the_readings_hides_nothing_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In spans, wear, what is settled, summaries and their indexes: what is delivered and found stays true."""
+    monkeypatch.setattr("edgegw.journal.spanner.BATCHES", 4)
+    monkeypatch.setattr("edgegw.journal.keeper.THIN_BATCHES", 40)
+    hand = Hand(tmp_path / "journal.db", config(when_full="thin"))
+    for n in range(100):
+        hand.turn(*(scan(10 * n + i) for i in range(10)))
+    assert hand.thin()
+    acked = [one for one in hand.told[60:] if one.batch.seq % 3]
+    hand.acknowledge(acked)
+    hand.close()
+    whole = kept(hand.path)
+    told = [Told(whole.stream, batch, whole.bodies[seq]) for seq, batch in sorted(whole.batches.items())]
+    assert any(one.batch.kind is Kind.SUMMARY for one in told)
+    wanted = [one.batch.seq for one in told if one.batch.kind is Kind.DATA and one.batch.seq > 600][:3]
+    times = [record["ts"] for seq in wanted for record in json.loads(whole.bodies[seq])["records"]]
+    aims = pages(hand.path, "span", "wear", "acked", "summary_bytes", "summary_seq")
+    aims += [offset for offset in pages(hand.path, "batch") if offset not in aims][:4]
+    assert len(aims) > 6
+    outcomes: Counter[str] = Counter()
+    for seed in range(200):
+        dice = random.Random(seed)
+        path = hand.copy_to(tmp_path / "hit")
+        page = dice.choice(aims)
+        flip(path, dice, within=range(page, page + PAGE))
+        with suppress(JournalError):  # it is said
+            reader = Reader(path)
+            try:
+                found = Ranges(reader.spans_between(min(times), max(times)))
+            finally:
+                reader.close()
+            assert all(found.covers(seq, seq) for seq in wanted)
+        drained = Drained(Hand(path, config(when_full="thin")))
+        drained.bodies = {(one.stream, one.batch.seq): one.body for one in acked}
+        drained.hand.turn(scan(100_000))
+        assert drained.hand.writer.error is None
+        drained.drain()
+        drained.close()
+        outcomes[judge(told, drained)] += 1
+        shutil.rmtree(path.parent)
+    assert outcomes["new stream"] < 40, outcomes
 
 
 def test_a_flipped_bit_under_a_running_journal_never_delivers_a_wrong_batch(tmp_path: Path) -> None:
