@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import ANY
 
 import apsw
+import powercut
 import pytest
 from journal_rig import (
     MIB,
@@ -143,6 +144,37 @@ def test_the_disk_of_the_power_cut_tests_does_lose_what_is_not_synced(tmp_path: 
         except apsw.Error:
             lost += 1
     assert lost >= 18
+
+
+def test_p1_what_a_failed_sync_left_behind_is_told_only_once_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a failed sync the kernel forgets what it did not write; whoever opens the file still reads it."""
+    real, failing = powercut._File.xSync, 0
+
+    def sync(self: Any, flags: int) -> None:
+        nonlocal failing
+        if failing:
+            failing -= 1
+            self._image.since.clear()
+            raise apsw.IOError("for the test")
+        real(self, flags)
+
+    monkeypatch.setattr(powercut._File, "xSync", sync)
+    (tmp_path / "a").mkdir()
+    with disk(1) as under:
+        hand = Hand(tmp_path / "a" / "journal.db", config(4 * MIB))
+        hand.turn(scan(1))
+        failing = 4  # of the commit, and of the checkpoints as the file is closed
+        hand.turn(scan(2))
+        assert hand.writer.error
+        failing = 0
+        hand.turn()
+        assert numbers(one.body for one in hand.told) == [1, 2]
+        under.left(tmp_path / "left")
+        hand.writer.close()
+    found = kept(tmp_path / "left" / "journal.db")
+    assert list(found.bodies.values()) == [one.body for one in hand.told]
 
 
 # -- flipped bytes -------------------------------------------------------------------------------------------

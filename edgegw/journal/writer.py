@@ -250,6 +250,8 @@ class Writer:
         )
         try:
             tip, older = self._tip(store, mark)
+            if self._unsure:
+                self._make_sure(store)
         except JournalError:
             store.close()
             raise
@@ -277,6 +279,15 @@ class Writer:
         if tip.head:  # until then the mark tells of the stream before
             self._write_mark(clean=False, sync=True)
         return self._store, self._sealer
+
+    def _make_sure(self, store: Store) -> None:
+        """Have all that the WAL holds written once more: after a sync that failed the kernel takes it for written.
+
+        The commit after the checkpoint begins the WAL anew: what is left of the old one must not be played back.
+        """
+        if not store.checkpoint(force=True):
+            raise JournalError(f"journal {self._path}: a reader is in the way of making sure after a failure")
+        store.append([], wear=store.wear())
 
     def _begin_stream(self, store: Store) -> None:
         self._wear = store.wear()._replace(run_ms=max(store.wear().run_ms, store.latest_run_ms()))
