@@ -361,3 +361,16 @@ def test_stretches_end_where_what_has_gone_out_begins() -> None:
 def test_a_summary_record_is_what_it_was() -> None:
     (record,) = summarise([message([Scan(0, "m", {"t": 1.0})])], 60_000)
     assert msgspec.json.decode(msgspec.json.encode(record), type=SummaryRecord) == record
+
+
+def test_of_several_runs_the_last_tell() -> None:
+    """A receipt that comes late for the readings of the first settles a summary that tells nothing."""
+    runs = [
+        [
+            Source(seq, seq, bytes(32), message([Scan(60_000 + seq, "m", {"t": float(seq)})], seq))
+            for seq in run
+        ]
+        for run in ((1, 2), (4, 5), (7, 8))
+    ]
+    made = thin(runs, 60, 10_000)
+    assert [(one.first, one.last, len(one.records)) for one in made] == [(1, 2, 0), (4, 5, 0), (7, 8, 1)]

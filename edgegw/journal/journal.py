@@ -310,10 +310,7 @@ class Journal:
 
     def _look(self, stream: str, first: int, last: int) -> list[tuple[int, int]]:
         reader = self._open_reader()
-        if reader.stream != stream:
-            return []
-        found = reader.batches(first, last, limit=LOOK_BATCHES, max_bytes=READ_BYTES)
-        return [(batch.seq, batch.last) for batch in found]
+        return reader.bounds(first, last, limit=LOOK_BATCHES) if reader.stream == stream else []
 
     def _over(self, stream: str, seq: int) -> int:
         """Return where the batch that holds `seq` begins, `seq` itself if none does, or none that is sound."""

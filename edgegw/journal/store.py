@@ -371,6 +371,16 @@ class Reader:
                 max_bytes,
             )
 
+    def bounds(self, first: int, last: int, *, limit: int) -> list[tuple[int, int]]:
+        """Return where the batches begin and end that begin within `first` to `last`, in order."""
+        with _mapped(self.path, "read"):
+            rows: Any = self._db.execute(
+                "SELECT seq, seq + max(1, CAST(count AS INTEGER)) - 1 FROM batch"
+                " WHERE seq BETWEEN ? AND ? ORDER BY seq LIMIT ?",
+                (first, last, limit),
+            ).fetchall()
+        return list(rows)
+
     def before(self, seq: int, *, limit: int) -> list[Batch]:
         """Return the last batches that begin before `seq`, newest first."""
         with _mapped(self.path, "read"):

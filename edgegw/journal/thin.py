@@ -83,7 +83,9 @@ def thin(runs: Sequence[Sequence[Source]], period_s: int, limit: int) -> list[Th
     """Return the summaries that stand for some runs of batches; those of a run follow on each other.
 
     Together they hold what stands for all of the runs. Each has at most `limit` bytes of records; a run has at least
-    one, which may be empty, for what lies between the runs keeps its place. There are none if there are not enough
+    one, which may be empty, for what lies between the runs keeps its place. The last ones tell: what the upstream has
+    already, though its answer was lost, is the beginning of a run, and what it confirms later must not be all there is.
+    There are none if there are not enough
     batches to take the place of. Raises `msgspec.DecodeError` if a batch does not hold what its kind says.
     """
     records = summarise((source.message for run in runs for source in run), period_s * 1000)
@@ -91,7 +93,7 @@ def thin(runs: Sequence[Sequence[Source]], period_s: int, limit: int) -> list[Th
     places = _places(runs, len(chunks))
     if len(chunks) > len(places):
         return []
-    chunks += [[]] * (len(places) - len(chunks))
+    chunks[:0] = [[]] * (len(places) - len(chunks))
     thinned = []
     first_ts = last_ts = _begins(runs[0][0].message)
     for place, chunk in zip(places, chunks, strict=True):
