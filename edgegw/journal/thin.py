@@ -98,7 +98,7 @@ def thin(runs: Sequence[Sequence[Source]], period_s: int, limit: int) -> list[Th
     first_ts = last_ts = _begins(runs[0][0].message)
     for place, chunk in zip(places, chunks, strict=True):
         begin, end = place[0], place[-1]
-        if chunk:  # an empty one stands where the one before it ends
+        if chunk:  # those that are empty stand where all begins
             first_ts, last_ts = chunk[0][0], chunk[-1][0] + 1000 * period_s - 1
         thinned.append(
             Thinned(
