@@ -480,7 +480,7 @@ def batches_json(body: bytes) -> dict[str, Any]:
 
 
 Journals.TestCase.settings = settings(
-    max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=20, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
 test_p1_p2_p5_no_seq_is_missing_or_used_twice_whatever_happens = Journals.TestCase
 
