@@ -36,11 +36,16 @@ def plot(columns: Mapping[int, Extent], width: int, rows: int = ROWS) -> list[st
         for level in range(bottom, top + 1):
             row, dot = divmod(rows * 4 - 1 - level, 4)
             cells[row][at // 2] |= DOTS[at % 2][dot]
-    labels = [f"{high:.4g}", *[""] * (rows - 2), f"{low:.4g}"]
+    labels = [_label(high), *[""] * (rows - 2), _label(low)]
     return [
         f"{label:>{LEFT}} ┤" + "".join(chr(BLANK + cell) if cell else " " for cell in row).rstrip()
         for label, row in zip(labels, cells, strict=True)
     ]
+
+
+def _label(value: float) -> str:
+    text = f"{value:.4g}"
+    return text if len(text) <= LEFT else f"{value:.3g}"
 
 
 def _levels(columns: Mapping[int, Extent], low: float, high: float, most: int) -> dict[int, tuple[int, int]]:
