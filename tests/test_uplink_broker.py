@@ -149,6 +149,7 @@ async def test_a_broker_that_speaks_only_3_1_1(tmp_path: Path, meter: Field) -> 
             await until(lambda: run.said("online, MQTT 3.1.1"), "the fallback")
             first.send(signal.SIGKILL)
         await until(lambda: run.said("records stay in the journal"), "the loss")
+        assert run.said("connection lost; records stay in the journal")
         run.lines.clear()
         with Process(*broker):
             await until(lambda: run.said("online"), "the second broker")

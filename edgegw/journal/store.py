@@ -9,7 +9,7 @@ import hashlib
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -331,16 +331,14 @@ class Reader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with _mapped(path, "open"):
+        with _mapped(path, "open"), ExitStack() as opening:
             self._db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
-            try:
-                self._db.set_busy_timeout(OPEN_WAIT_MS)
-                if self._db.pragma("application_id") != APPLICATION_ID:
-                    raise JournalDamaged(f"journal {path}: not a journal; expected one that edgegw made")
-                self.stream = _stream(self._db, path)
-            except Exception:
-                self._db.close(True)
-                raise
+            opening.callback(self._db.close, True)
+            self._db.set_busy_timeout(OPEN_WAIT_MS)
+            if self._db.pragma("application_id") != APPLICATION_ID:
+                raise JournalDamaged(f"journal {path}: not a journal; expected one that edgegw made")
+            self.stream = _stream(self._db, path)
+            opening.pop_all()
 
     def close(self) -> None:
         """Close the connection."""

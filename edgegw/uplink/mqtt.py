@@ -226,12 +226,16 @@ class Connection:
         self._opened.set_result(None)
 
     def _on_disconnect(
-        self, client: Any, userdata: Any, flags: Any, reason: ReasonCode, properties: Any
+        self, client: Any, userdata: Any, flags: paho.DisconnectFlags, reason: ReasonCode, properties: Any
     ) -> None:
         if not self._opened.done() and self._v5:
             # an old broker hangs up on the unknown version without a word (MQTT 3.1.1, 3.1.2.2)
             self._opened.set_exception(_ProtocolRefused(f"uplink {self.url}: hung up: {reason}".lower()))
-        self._lose(str(reason).lower())
+        if flags.is_disconnect_packet_from_server:
+            self._lose(f"the broker ended it: {reason}".lower())
+        else:  # paho calls a connection that was closed or reset an unspecified error
+            unspecified = reason == "Unspecified error"
+            self._lose("connection lost" if unspecified else str(reason).lower())
 
     def _on_publish(self, client: Any, userdata: Any, mid: int, reason: ReasonCode, properties: Any) -> None:
         # 0x10: accepted, but no matching subscribers (MQTT 5.0, 3.4.2.1)

@@ -48,9 +48,18 @@ def stat(config_path: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(shown)
         return
-    for name, value in (shown | shown.pop("wear")).items():
+    wear = shown.pop("wear")
+    if (oldest := shown["oldest_pending_ts"]) is not None:
+        shown["oldest_pending_ts"] = _when(oldest)
+    for name, value in (shown | (wear if wear["open_s"] else {})).items():
         numeric = isinstance(value, int | float)
-        click.echo(f"{name:<24} {value:,}" if numeric else f"{name:<24} {value}")
+        click.echo(f"{name:<26} {value:,}" if numeric else f"{name:<26} {value}")
+    if not wear["open_s"]:
+        click.echo("what was written is noted once a minute: not yet")
+
+
+def _when(ts: int) -> str:
+    return datetime.fromtimestamp(ts / 1000, UTC).isoformat(timespec="milliseconds")
 
 
 def _wear(wear: Wear) -> dict[str, float]:
@@ -96,7 +105,7 @@ def tail(count: int, config_path: Path | None, as_json: bool) -> None:
         print_json(shown)
         return
     for record in shown:
-        when = datetime.fromtimestamp(record.pop("ts") / 1000, UTC).isoformat(timespec="milliseconds")
+        when = _when(record.pop("ts"))
         seq, what = record.pop("seq"), record.pop("device", None) or record.pop("event", "")
         said = msgspec.json.encode(record.get("values", record)).decode()
         if "period" in record and "values" in record:
