@@ -74,7 +74,7 @@ class Hand:
         self.told: list[Told] = []
         self.listener: Callable[[list[Told]], None] = lambda told: None
         self.flushed: list[asyncio.Future[None]] = []
-        self.inbox = Inbox()
+        self.inbox = Inbox(max_message)
         self.settled = Settled()
         self.writer = Writer(
             path, GATEWAY, journal or config(), max_message, self.inbox, self.settled, self._tell

@@ -688,7 +688,7 @@ def test_p5_on_a_full_disk_records_wait_and_come_when_there_is_room(tmp_path: Pa
 def test_p5_a_full_disk_for_long_loses_what_memory_cannot_hold_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inbox, "READINGS", 300)
+    monkeypatch.setattr(inbox, "BYTES", 15_000)
     monkeypatch.setattr("edgegw.journal.writer.WAITING_BYTES", 2000)
     hand = filled(tmp_path / "journal.db", 3)
     with no_file_larger_than(0):
@@ -819,7 +819,7 @@ def test_a_reader_in_the_way_delays_the_checkpoint_and_nothing_else(tmp_path: Pa
 def test_p4_a_full_inbox_counts_what_it_loses_and_the_chain_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inbox, "READINGS", 100)
+    monkeypatch.setattr(inbox, "BYTES", 10_000)
     hand = Hand(tmp_path / "journal.db", config())
     hand.turn()
     for round_ in range(3):

@@ -1,7 +1,8 @@
 """Records to batches: the one place where a record becomes bytes."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from operator import attrgetter
+from operator import itemgetter
 from typing import NamedTuple
 
 import msgspec
@@ -18,8 +19,16 @@ from edgegw.journal.thin import Thinned
 LATEST_MS = 2**62
 LEVEL = 1
 """zstd's: at the next that packs noticeably better (5) it takes three times as long."""
-_device = attrgetter("device")
+_device = itemgetter(0)
 _encoder = msgspec.json.Encoder()
+
+
+class Entry(NamedTuple):
+    """A record, or a part of one, as it will stand in a batch; `device` is empty for events."""
+
+    device: str
+    ts: int
+    json: bytes
 
 
 class Group(NamedTuple):
@@ -33,40 +42,52 @@ class Group(NamedTuple):
     size: int
 
 
-def group(records: Iterable[Record], era: Era, max_message: int) -> list[Group]:
-    """Encode records and group them into batches of at most `max_message` bytes of JSON.
+def encode(record: Record, max_message: int) -> list[Entry]:
+    """Encode a record for messages of at most `max_message` bytes of JSON.
 
-    Events come first, then data, device by device: each in their order. A scan too large for a message is split; a
-    single value too large for one, or that JSON cannot hold, is left out and marked so.
+    A scan too large for a message is split; a single value too large for one, or that JSON cannot hold, is left out
+    and marked so.
     """
     limit = max_message - batches.HEAD_ROOM
-    events: list[Record] = []
-    data: list[Record] = []
-    for record in records:
-        if isinstance(record, Event):
-            events.append(record)
-        else:
-            data.append(record)
-    data.sort(key=_device)  # what one device says is alike: it packs into two thirds
-    return [*_pack(Kind.EVENT, events, era, limit), *_pack(Kind.DATA, data, era, limit)]
+    device = "" if isinstance(record, Event) else record.device
+    whole = _encode(record)
+    parts = (whole,) if whole and len(whole) < limit else _shrunk(record, limit)
+    return [Entry(device, record.ts, part) for part in parts]
 
 
-def _pack(kind: Kind, records: Iterable[Record], era: Era, limit: int) -> Iterator[Group]:
+def group(records: Iterable[Record], era: Era, max_message: int) -> list[Group]:
+    """Encode records and group them into batches."""
+    return group_entries(
+        [entry for record in records for entry in encode(record, max_message)], era, max_message
+    )
+
+
+def group_entries(entries: list[Entry], era: Era, max_message: int) -> list[Group]:
+    """Group encoded records into batches of at most `max_message` bytes of JSON.
+
+    Events come first, then data, device by device: each in their order. What one device says is alike: it packs into
+    two thirds.
+    """
+    limit = max_message - batches.HEAD_ROOM
+    entries = sorted(entries, key=_device)
+    events = bisect_right(entries, "", key=_device)
+    return [*_pack(Kind.EVENT, entries[:events], era, limit), *_pack(Kind.DATA, entries[events:], era, limit)]
+
+
+def _pack(kind: Kind, entries: Iterable[Entry], era: Era, limit: int) -> Iterator[Group]:
     parts: list[bytes] = []
     size = last = 0
     first = LATEST_MS
-    for record in records:
-        whole = _encode(record)
-        for ts, part in ((record.ts, whole),) if whole and len(whole) < limit else _shrunk(record, limit):
-            if size + len(part) + 1 > limit and parts:
-                yield Group(kind, era, first, last, parts, size)
-                parts, size, first, last = [], 0, LATEST_MS, 0
-            parts.append(part)
-            size += len(part) + 1
-            if ts > last:
-                last = ts
-            if ts < first:
-                first = ts
+    for _, ts, part in entries:
+        if size + len(part) + 1 > limit and parts:
+            yield Group(kind, era, first, last, parts, size)
+            parts, size, first, last = [], 0, LATEST_MS, 0
+        parts.append(part)
+        size += len(part) + 1
+        if ts > last:
+            last = ts
+        if ts < first:
+            first = ts
     if parts:
         yield Group(kind, era, first, last, parts, size)
 
@@ -79,16 +100,16 @@ def _encode(record: Record) -> bytes | None:
         return None
 
 
-def _shrunk(record: Record, limit: int) -> list[tuple[int, bytes]]:
+def _shrunk(record: Record, limit: int) -> Iterable[bytes]:
     """Encode a record that a message cannot take as it is, as several that it can."""
     if isinstance(record, Scan):
-        return [(record.ts, part) for part in _split(record, limit)]
+        return _split(record, limit)
     note = {
         "ts": record.ts,
         "event": getattr(record, "event", "config"),
         "error": "left out: too large for a message, or nothing that JSON can hold",
     }
-    return [(record.ts, _encoder.encode(note))]
+    return (_encoder.encode(note),)
 
 
 def _split(scan: Scan, limit: int) -> Iterator[bytes]:

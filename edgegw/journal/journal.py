@@ -68,7 +68,7 @@ class Journal:
         self._loop = asyncio.get_running_loop()
         self._listener: Callable[[Committed], None] = lambda committed: None
         self._timekeeper = Timekeeper()
-        self._inbox = Inbox()
+        self._inbox = Inbox(max_message)
         self._settled = Settled()
         self._writer = Writer(path, gateway, config, max_message, self._inbox, self._settled, self._tell)
         self._wake = threading.Event()

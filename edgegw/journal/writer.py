@@ -21,7 +21,7 @@ from edgegw.domain.record import Event, Record
 from edgegw.errors import JournalDamaged, JournalError, JournalFull
 from edgegw.journal import retention, succession, timekeeper
 from edgegw.journal.ballast import Ballast
-from edgegw.journal.encode import Group, Sealer, group
+from edgegw.journal.encode import Entry, Group, Sealer, group, group_entries
 from edgegw.journal.inbox import Damage, Inbox, Lost, Prune
 from edgegw.journal.keeper import ROW_BYTES, Keeper
 from edgegw.journal.mark import Mark, MarkFile
@@ -360,17 +360,18 @@ class Writer:
         if sum(made.size for made in self._waiting if isinstance(made, Group)) > WAITING_BYTES:
             return
         taken = self._inbox.take()
-        records: list[Record] = []
+        entries: list[Entry] = []
         for item in taken.items:
-            if isinstance(item, Lost):
-                self._waiting += [*self._grouped(records), item]
-                records = []
-            elif isinstance(item, Era):
-                self._waiting += self._grouped(records)
-                self._era, records = item, []
+            if isinstance(item, Entry):
+                entries.append(item)
+                continue
+            self._waiting += group_entries(entries, self._era, self._max_message)
+            entries = []
+            if isinstance(item, Era):
+                self._era = item
             else:
-                records.append(item)
-        self._waiting += self._grouped(records)
+                self._waiting.append(item)
+        self._waiting += group_entries(entries, self._era, self._max_message)
         self._readings += taken.readings
         self._flushes += taken.flushes
         self._prunes += taken.prunes
