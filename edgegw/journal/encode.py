@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -16,7 +17,6 @@ from edgegw.domain.record import Event, Record, Scan, wire
 from edgegw.domain.tag import Value
 from edgegw.journal.thin import Thinned
 
-LATEST_MS = 2**62
 LEVEL = 1
 """zstd's: at the next that packs noticeably better (5) it takes three times as long."""
 _device = itemgetter(0)
@@ -74,22 +74,16 @@ def group_entries(entries: list[Entry], era: Era, max_message: int) -> list[Grou
     return [*_pack(Kind.EVENT, entries[:events], era, limit), *_pack(Kind.DATA, entries[events:], era, limit)]
 
 
-def _pack(kind: Kind, entries: Iterable[Entry], era: Era, limit: int) -> Iterator[Group]:
-    parts: list[bytes] = []
-    size = last = 0
-    first = LATEST_MS
-    for _, ts, part in entries:
-        if size + len(part) + 1 > limit and parts:
-            yield Group(kind, era, first, last, parts, size)
-            parts, size, first, last = [], 0, LATEST_MS, 0
-        parts.append(part)
-        size += len(part) + 1
-        if ts > last:
-            last = ts
-        if ts < first:
-            first = ts
-    if parts:
-        yield Group(kind, era, first, last, parts, size)
+def _pack(kind: Kind, entries: list[Entry], era: Era, limit: int) -> Iterator[Group]:
+    parts = [entry.json for entry in entries]
+    times = [entry.ts for entry in entries]
+    ends = list(accumulate([len(part) + 1 for part in parts], initial=0))
+    first = 0
+    while first < len(parts):
+        end = max(first + 1, bisect_right(ends, ends[first] + limit) - 1)
+        size = ends[end] - ends[first]
+        yield Group(kind, era, min(times[first:end]), max(times[first:end]), parts[first:end], size)
+        first = end
 
 
 def _encode(record: Record) -> bytes | None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections import deque
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from edgegw.domain.era import Era
@@ -15,13 +15,11 @@ OVERHEAD = 200
 """What each of them takes besides."""
 
 
+@dataclass
 class Lost:
     """Stands for records that found the inbox full."""
 
-    __slots__ = ("count",)
-
-    def __init__(self) -> None:
-        self.count = 0
+    count: int
 
 
 class Damage(NamedTuple):
@@ -44,14 +42,38 @@ class Prune:
         self.batches = self.records = 0
 
 
-class Taken(NamedTuple):
-    """What the writer takes at one turn: records, losses and new eras in order, and what else it was told."""
+@dataclass
+class Load:
+    """What came since the writer last looked: runs of records, losses and new eras in order, and what it was told."""
 
-    items: list[Entry | Lost | Era]
-    flushes: list[asyncio.Future[None]]
-    damages: list[Damage]
-    prunes: list[Prune]
-    readings: int
+    items: list[list[Entry] | Lost | Era] = field(default_factory=list)
+    flushes: list[asyncio.Future[None]] = field(default_factory=list)
+    damages: list[Damage] = field(default_factory=list)
+    prunes: list[Prune] = field(default_factory=list)
+    readings: int = 0
+    bytes: int = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether it holds as much as may wait."""
+        return self.bytes > BYTES
+
+    def add(self, entries: list[Entry], readings: int) -> None:
+        """Take a record's entries."""
+        if self.items and isinstance(run := self.items[-1], list):
+            run += entries
+        else:
+            self.items.append(entries)
+        self.readings += readings
+        for entry in entries:
+            self.bytes += len(entry.json) + OVERHEAD
+
+    def lose(self) -> None:
+        """Count a record that there was no room for."""
+        if self.items and isinstance(lost := self.items[-1], Lost):
+            lost.count += 1
+        else:
+            self.items.append(Lost(1))
 
 
 class Inbox:
@@ -64,60 +86,38 @@ class Inbox:
 
     def __init__(self, max_message: int) -> None:
         self._max_message = max_message
-        self._items: deque[Entry | Lost | Era | Damage | Prune | asyncio.Future[None]] = deque()
-        self._put = self._got = 0
-        self._readings = self._told = 0
-        self._losing: Lost | None = None
+        self._load = Load()
         self._lock = threading.Lock()
 
     def __bool__(self) -> bool:
-        return bool(self._items)
+        return bool(self._load.items)
 
     def put(self, record: Record) -> None:
         """Take a record. Events are always taken; scans are counted as lost while the inbox is full."""
-        if self._put - self._got > BYTES and not isinstance(record, Event):
+        if self._load.full and not isinstance(record, Event):
             with self._lock:
-                if self._losing is None:
-                    self._losing = Lost()
-                    self._items.append(self._losing)
-                self._losing.count += 1
+                self._load.lose()
             return
-        self._losing = None
-        for entry in encode(record, self._max_message):
-            self._put += len(entry.json) + OVERHEAD
-            self._items.append(entry)
-        self._readings += len(record.values) if isinstance(record, Scan) else 1
+        entries = encode(record, self._max_message)
+        readings = len(record.values) if isinstance(record, Scan) else 1
+        with self._lock:
+            self._load.add(entries, readings)
 
     def tell(self, what: Era | Damage | Prune | asyncio.Future[None]) -> None:
         """Say that an era begins here, ask for a flush (a future, resolved when all before it is durable), tell of
         damage, or wish for room."""
-        self._items.append(what)
-
-    def take(self) -> Taken:
-        """Empty the inbox."""
-        items: list[Entry | Lost | Era] = []
-        flushes: list[asyncio.Future[None]] = []
-        damages: list[Damage] = []
-        prunes: list[Prune] = []
-        weight = 0
-        while self._items:
-            item = self._items.popleft()
-            if isinstance(item, Entry):
-                weight += len(item.json) + OVERHEAD
-                items.append(item)
-            elif isinstance(item, Damage):
-                damages.append(item)
-            elif isinstance(item, Prune):
-                prunes.append(item)
-            elif isinstance(item, asyncio.Future):
-                flushes.append(item)
+        with self._lock:
+            if isinstance(what, Era):
+                self._load.items.append(what)
+            elif isinstance(what, Damage):
+                self._load.damages.append(what)
+            elif isinstance(what, Prune):
+                self._load.prunes.append(what)
             else:
-                if isinstance(item, Lost):
-                    with self._lock:  # from here on its count stands
-                        if self._losing is item:
-                            self._losing = None
-                items.append(item)
-        self._got += weight
-        readings = self._readings
-        readings, self._told = readings - self._told, readings
-        return Taken(items, flushes, damages, prunes, readings)
+                self._load.flushes.append(what)
+
+    def take(self) -> Load:
+        """Empty the inbox."""
+        with self._lock:
+            load, self._load = self._load, Load()
+        return load

@@ -21,7 +21,7 @@ from edgegw.domain.record import Event, Record
 from edgegw.errors import JournalDamaged, JournalError, JournalFull
 from edgegw.journal import retention, succession, timekeeper
 from edgegw.journal.ballast import Ballast
-from edgegw.journal.encode import Entry, Group, Sealer, group, group_entries
+from edgegw.journal.encode import Group, Sealer, group, group_entries
 from edgegw.journal.inbox import Damage, Inbox, Lost, Prune
 from edgegw.journal.keeper import ROW_BYTES, Keeper
 from edgegw.journal.mark import Mark, MarkFile
@@ -360,18 +360,13 @@ class Writer:
         if sum(made.size for made in self._waiting if isinstance(made, Group)) > WAITING_BYTES:
             return
         taken = self._inbox.take()
-        entries: list[Entry] = []
         for item in taken.items:
-            if isinstance(item, Entry):
-                entries.append(item)
-                continue
-            self._waiting += group_entries(entries, self._era, self._max_message)
-            entries = []
-            if isinstance(item, Era):
+            if isinstance(item, list):
+                self._waiting += group_entries(item, self._era, self._max_message)
+            elif isinstance(item, Era):
                 self._era = item
             else:
                 self._waiting.append(item)
-        self._waiting += group_entries(entries, self._era, self._max_message)
         self._readings += taken.readings
         self._flushes += taken.flushes
         self._prunes += taken.prunes
