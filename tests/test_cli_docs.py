@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, get_args, get_origin
 
 import click
-from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from rig import ROOT
 
 from edgegw.cli import _COMMANDS
@@ -19,20 +19,20 @@ DOCUMENTED = {*re.findall(r"`([^`\n]+)`", DOCS), *re.findall(r"^#+ \[(\w+)", DOC
 """What stands in backticks, and the sections of the configuration that have a heading."""
 
 
-def models(kind: Any) -> Iterator[type[BaseModel]]:
-    """Yield the models that a type is made of, and those within."""
+def sections(kind: Any) -> Iterator[dict[str, FieldInfo]]:
+    """Yield the keys of the sections that a type is made of, and of those within."""
     if get_origin(kind) is not None or get_origin(kind) is Annotated:
         for part in get_args(kind):
-            yield from models(part)
-    elif isinstance(kind, type) and issubclass(kind, BaseModel):
-        yield kind
-        for field in kind.model_fields.values():
-            yield from models(field.annotation)
+            yield from sections(part)
+    elif fields := getattr(kind, "__pydantic_fields__", None):
+        yield fields
+        for field in fields.values():
+            yield from sections(field.annotation)
 
 
 def keys() -> set[str]:
     """Return every key that a configuration may hold."""
-    return {field.alias or name for model in models(Config) for name, field in model.model_fields.items()}
+    return {field.alias or name for section in sections(Config) for name, field in section.items()}
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:

@@ -5,6 +5,7 @@ import random
 import struct
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def wanted(case: Mapping[str, Any]) -> str:
 
 def tag_of(keys: Mapping[str, Any]) -> ModbusTag:
     """Return a tag as the configuration makes it."""
-    return ModbusTag.model_validate({"address": "holding:0", **keys})
+    return ModbusTag(**{"address": "holding:0", **keys})
 
 
 def named(cases: list[dict[str, Any]]) -> list[Any]:
@@ -98,7 +99,7 @@ def test_all_cases_side_by_side_in_shared_blocks(seed: int) -> None:
             registers[table] += chance.randbytes(2 * chance.choice([0, 0, 1, 9]))
             at = len(registers[table]) // 2
             registers[table] += data
-        tags[f"t{i}"] = tag.model_copy(update={"address": ModbusAddress(table, at, bit)})
+        tags[f"t{i}"] = replace(tag, address=ModbusAddress(table, at, bit))
         expected[f"t{i}"] = wanted(case)
     memory = registers | {table: bits.to_bytes(99, "little") for table, bits in coils.items()}
     assert read(memory, tags, max_block=chance.choice([125, 126 - seed])) == expected

@@ -21,7 +21,7 @@ def tags_of(written: dict[str, str]) -> dict[str, ModbusTag]:
     tags = {}
     for name, text in written.items():
         address, kind, *row = text.split()
-        tag = ModbusTag.model_validate({"address": address, "type": kind})
+        tag = ModbusTag(address=address, type=kind)
         if not row:
             tags[name] = tag
             continue
@@ -29,7 +29,7 @@ def tags_of(written: dict[str, str]) -> dict[str, ModbusTag]:
         step = int(row[1].removeprefix("/")) if len(row) > 1 else tag.registers
         for i in range(int(row[0].removeprefix("x"))):
             place = f"{table}:{int(first) + i * step}"
-            tags[f"{name}{i}"] = ModbusTag.model_validate({"address": place, "type": kind})
+            tags[f"{name}{i}"] = ModbusTag(address=place, type=kind)
     return tags
 
 
@@ -70,7 +70,7 @@ def devices(draw: st.DrawFn) -> tuple[dict[str, ModbusTag], int, int]:
         else:
             kind = draw(st.sampled_from(["uint16", "float32", "float64", "string:7", "string:90", "bool"]))
             address = f"{table}:{start}" + (".3" if kind == "bool" else "")
-        tags[f"t{i}"] = ModbusTag.model_validate({"address": address, "type": kind})
+        tags[f"t{i}"] = ModbusTag(address=address, type=kind)
     widest = max(tag.registers for tag in tags.values())
     return tags, draw(st.integers(widest, 125)), draw(st.integers(0, 124))
 

@@ -78,7 +78,7 @@ DECODED: list[tuple[Any, ua.VariantType | None, dict[str, Any], Any, str | None]
 def test_a_sent_value_becomes(
     sent: Any, kind: ua.VariantType, keys: dict[str, Any], value: Any, quality: str | None
 ) -> None:
-    tag = OpcUaTag.model_validate({"address": "ns=2;s=X", **keys})
+    tag = OpcUaTag(**{"address": "ns=2;s=X", **keys})
     variant = ua.Variant(sent, kind, is_array=isinstance(sent, list))
     reading = values.decode(tag, ua.DataValue(variant, SourceTimestamp=NOON))
     assert reading == Reading(value, quality, NOON_MS)
@@ -102,14 +102,14 @@ STATUSES = [
 
 @pytest.mark.parametrize(("code", "quality"), STATUSES)
 def test_a_status_code_becomes_a_quality(code: int, quality: str | None) -> None:
-    tag = OpcUaTag.model_validate({"address": "i=1"})
+    tag = OpcUaTag(address="i=1")
     reading = values.decode(tag, ua.DataValue(ua.Variant(1.5, V.Double), StatusCode=ua.StatusCode(code)))
     assert reading.quality == quality
     assert reading.value == (None if quality and quality.startswith("bad:") else 1.5)
 
 
 def test_an_uncertain_value_that_is_no_number_is_bad() -> None:
-    tag = OpcUaTag.model_validate({"address": "i=1"})
+    tag = OpcUaTag(address="i=1")
     status = ua.StatusCode(ua.StatusCodes.UncertainLastUsableValue)
     assert values.decode(tag, ua.DataValue(ua.Variant(float("nan"), V.Double), StatusCode=status))[:2] == (
         None,
@@ -131,7 +131,7 @@ TIMES = [
 
 @pytest.mark.parametrize(("sent", "ts_ms"), TIMES)
 def test_a_source_time_is_whole_milliseconds_utc(sent: datetime | None, ts_ms: int | None) -> None:
-    tag = OpcUaTag.model_validate({"address": "i=1"})
+    tag = OpcUaTag(address="i=1")
     assert values.decode(tag, ua.DataValue(ua.Variant(1), SourceTimestamp=sent)).ts_ms == ts_ms
 
 
@@ -176,7 +176,7 @@ GROUPED: list[tuple[str, bool, list[tuple[str, ua.DataValue]], list[Scan]]] = [
 def test_readings_become_scans(
     by_source: bool, readings: list[tuple[str, ua.DataValue]], scans: list[Scan]
 ) -> None:
-    tags = {name: OpcUaTag.model_validate({"address": "i=1"}) for name in "abc"}
+    tags = {name: OpcUaTag(address="i=1") for name in "abc"}
     found = block_of([list(tags).index(name) for name, _ in readings], [data for _, data in readings])
     assert Points("d", tags).scans(found, 99, by_source=by_source) == scans
 
@@ -204,10 +204,10 @@ NODE_IDS = [
 @pytest.mark.parametrize("address", WRONG_NODE_IDS)
 def test_an_address_that_is_no_node_id_is_a_mistake_in_the_config(address: str) -> None:
     with pytest.raises(ValidationError, match="expected a node id"):
-        OpcUaTag.model_validate({"address": address})
+        OpcUaTag(address=address)
 
 
 @pytest.mark.parametrize("address", NODE_IDS)
 def test_an_address_that_the_config_takes_is_a_node_id(address: str) -> None:
-    tag = OpcUaTag.model_validate({"address": address})
+    tag = OpcUaTag(address=address)
     assert ua.NodeId.from_string(tag.address).to_string() == address

@@ -110,7 +110,7 @@ TYPES = [
     "float64[]",
 ]
 TAG = st.builds(
-    lambda kind, keys: OpcUaTag.model_validate({"address": "i=1", "type": kind, **keys}),
+    lambda kind, keys: OpcUaTag(**{"address": "i=1", "type": kind, **keys}),
     st.sampled_from(TYPES),
     st.sampled_from([{}, {}, {"scale": 0.1}, {"offset": -1.0}]),
 )
@@ -249,7 +249,7 @@ WRITTEN: list[tuple[str, bytes, Reading]] = [
     ("written", "reading"), [case[1:] for case in WRITTEN], ids=[case[0] for case in WRITTEN]
 )
 def test_bytes_of_the_specification_become(written: bytes, reading: Reading) -> None:
-    tag = OpcUaTag.model_validate({"address": "i=1"})
+    tag = OpcUaTag(address="i=1")
     body = HEADER + struct.pack("<i", 3) + 3 * written + struct.pack("<i", -1)
     assert taken([tag] * 3, wire.read_response(body)) == [reading] * 3
 
@@ -294,7 +294,7 @@ def test_a_byte_gone_wrong_is_an_error_or_what_asyncua_makes_of_it(
 ) -> None:
     body = bytearray(read(found))
     body[at % len(body)] ^= change
-    tag = OpcUaTag.model_validate({"address": "i=1"})
+    tag = OpcUaTag(address="i=1")
     try:
         block = wire.read_response(bytes(body))
     except failures.FOREIGN:
@@ -312,7 +312,7 @@ def test_noise_is_an_error_or_nothing(noise: bytes, head: bytes) -> None:
 
 
 def test_the_chunks_of_a_poll_are_one_block() -> None:
-    tags = {f"t{i}": OpcUaTag.model_validate({"address": "i=1"}) for i in range(4)}
+    tags = {f"t{i}": OpcUaTag(address="i=1") for i in range(4)}
     chunks = [[1.5, 2], ["on", [3]]]
     found = [block_of(range(2), [ua.DataValue(ua.Variant(value)) for value in chunk]) for chunk in chunks]
     first = wire.read_response(read([ua.DataValue(ua.Variant(value)) for value in chunks[0]]))

@@ -43,7 +43,7 @@ V = ua.VariantType
 
 
 def tag(**keys: Any) -> OpcUaTag:
-    return OpcUaTag.model_validate({"address": "ns=2;s=X"} | keys)
+    return OpcUaTag(**({"address": "ns=2;s=X"} | keys))
 
 
 # ---- what a value comes to

@@ -7,7 +7,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from edgegw.config.lines import key_lines
 from edgegw.config.profiles import with_profiles
@@ -46,7 +47,6 @@ def load(path: Path, *, inspect: Callable[[Config], list[Problem]] | None = None
         raise ConfigError([f"{path}: not UTF-8 text (byte {error.start})"]) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([f"{path}: not TOML: {error}"]) from None
-    lines = key_lines(text)
     raw, problems = with_profiles(raw, path.parent)
     config: Config | None = None
     sound: Config | None = None
@@ -63,6 +63,7 @@ def load(path: Path, *, inspect: Callable[[Config], list[Problem]] | None = None
             (where, what) for where, what in inspect(sound) if not any(name in what for name in gone)
         ]
     if problems or config is None:
+        lines = key_lines(text)
         problems.sort(key=lambda problem: _line(lines, problem[0]) or 0)
         raise ConfigError([_located(path, lines, where, what) for where, what in problems])
     return config
@@ -144,7 +145,7 @@ def _problem(raw: dict[str, Any], found: Any) -> Problem:
     if where[-1:] == ("[key]",):
         where = where[:-1]
     match kind:
-        case "extra_forbidden":
+        case "extra_forbidden" | "unexpected_keyword_argument":
             return where, _unknown(where, raw)
         case "missing":
             return where, "missing; it has no default"
@@ -156,7 +157,7 @@ def _problem(raw: dict[str, Any], found: Any) -> Problem:
             return (*where, "driver"), f"found {context['tag']!r}; expected {context['expected_tags']}"
         case "union_tag_not_found":
             return (*where, "driver"), "missing; expected 'modbus' or 'opcua'"
-        case "model_type" | "dict_type" | "model_attributes_type":
+        case "model_type" | "dict_type" | "model_attributes_type" | "dataclass_exact_type":
             return where, f"found {value!r}; expected a table"
         case "too_short":
             return where, "is empty; expected at least one"
@@ -180,12 +181,15 @@ def _keys_at(where: tuple[str, ...], raw: dict[str, Any]) -> list[str]:
     here: Any = raw
     for part in where:
         here = here.get(part) if isinstance(here, dict) else None
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            model = model.model_fields[part].annotation
+        if fields := _fields(model):
+            model = fields[part].annotation
         elif args := get_args(model):  # dict[Name, what]
-            model = args[1]
+            model = getattr(args[1], "__origin__", args[1])  # without what is annotated
         if not isinstance(model, type) and isinstance(here, dict) and "driver" in here:
             model = _DRIVERS.get(here["driver"], model)
-    if not (isinstance(model, type) and issubclass(model, BaseModel)):
-        return []
-    return [field.alias or name for name, field in model.model_fields.items()]
+    return [field.alias or name for name, field in _fields(model).items()]
+
+
+def _fields(model: Any) -> dict[str, FieldInfo]:
+    """Return the keys of a section, none if it is something else."""
+    return getattr(model, "__pydantic_fields__", {})

@@ -2,6 +2,7 @@
 
 import re
 from math import inf
+from sys import intern
 from typing import Annotated, Any, Literal, NamedTuple, Self
 from urllib.parse import parse_qs, urlsplit
 
@@ -15,6 +16,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.dataclasses import dataclass
 from pydantic_core import core_schema
 
 from edgegw.config.units import Duration, ModbusAddress, Ramp, Size
@@ -26,16 +28,19 @@ def _name(text: str) -> str:
         raise ValueError(
             f"found {text!r}; expected a small letter, then small letters, digits or _, at most 63"
         )
-    return text
+    return intern(text)
 
 
 Name = Annotated[str, BeforeValidator(_name)]
 
 
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
 class Model(BaseModel):
     """What every section shares: no unknown key, nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(**_STRICT, frozen=True)
 
 
 def not_yet(what: str) -> ValueError:
@@ -171,16 +176,26 @@ def _check_url(url: str, schemes: tuple[str, ...], expected: str) -> None:
         raise ValueError(f"found {url!r}; expected {expected}")
 
 
-class Guard(Model):
+_tag = dataclass(config=_STRICT, frozen=True, slots=True, kw_only=True)
+"""Tags are dataclasses with slots: as models they would take 0.8 kB more each."""
+
+
+def _from_table(kind: type[Any]) -> BeforeValidator:
+    """Return what makes a dataclass of a table, which pydantic does not where it is strict."""
+    return BeforeValidator(lambda table: kind(**table) if isinstance(table, dict) else table)
+
+
+@_tag
+class Guard:
     """The limits that stand between any write and a tag."""
 
     writable: bool = False
     min: float | None = None
     max: float | None = None
-    max_step: float | None = Field(None, gt=0)
+    max_step: Annotated[float, Field(gt=0)] | None = None
     ramp: Ramp | None = None
     min_interval: Duration | None = None
-    max_per_hour: int | None = Field(None, ge=1)
+    max_per_hour: Annotated[int, Field(ge=1)] | None = None
     safe: float | bool | str | None = None
 
     @model_validator(mode="after")
@@ -229,6 +244,7 @@ REGISTERS = {
 """Registers that a value of each fixed type takes."""
 
 
+@_tag
 class ModbusTag(Guard):
     """One point of a Modbus device."""
 
@@ -245,7 +261,7 @@ class ModbusTag(Guard):
     def _type(cls, text: str) -> str:
         length = text.removeprefix("string:")
         if text in REGISTERS or (length != text and length.isdecimal() and 1 <= int(length) <= 250):
-            return text
+            return intern(text)
         raise ValueError(
             f"found {text!r}; expected one of {', '.join(REGISTERS)}, or string:LEN with LEN 1 to 250 bytes"
         )
@@ -296,6 +312,7 @@ def _node_id(text: str) -> str:
     return text
 
 
+@_tag
 class OpcUaTag(Guard):
     """One node of an OPC UA server."""
 
@@ -314,7 +331,7 @@ class OpcUaTag(Guard):
                 f"found {text!r}; expected one of {', '.join(REGISTERS)} or string, "
                 "for an array with [] behind it, or nothing"
             )
-        return text
+        return intern(text)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -367,7 +384,7 @@ class ModbusDevice(Device):
     unit: int = Field(1, ge=0, le=255)
     max_block: int = Field(125, ge=1, le=125)
     max_gap: int = Field(8, ge=0, le=124)
-    tags: dict[Name, ModbusTag] = Field(min_length=1)
+    tags: dict[Name, Annotated[ModbusTag, _from_table(ModbusTag)]] = Field(min_length=1)
 
     @field_validator("url")
     @classmethod
@@ -411,7 +428,7 @@ class OpcUaDevice(Device):
     timestamp: Literal["source", "gateway"] = "source"
     username: str = ""
     password_file: str = ""
-    tags: dict[Name, OpcUaTag] = Field(min_length=1)
+    tags: dict[Name, Annotated[OpcUaTag, _from_table(OpcUaTag)]] = Field(min_length=1)
 
     @field_validator("url")
     @classmethod

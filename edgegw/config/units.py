@@ -1,6 +1,7 @@
 """Durations, sizes and Modbus addresses as the configuration writes them."""
 
 import re
+from sys import intern
 from typing import Any, ClassVar, NamedTuple, Self
 
 from pydantic import GetCoreSchemaHandler
@@ -94,7 +95,7 @@ class ModbusAddress(NamedTuple):
             raise ValueError(
                 f"found {text!r}; expected holding:N, input:N, coil:N, discrete:N or holding:N.B, N counted from 0"
             )
-        table, start, bit = match[1], int(match[2]), int(match[3]) if match[3] else None
+        table, start, bit = intern(match[1]), int(match[2]), int(match[3]) if match[3] else None
         if start > 65535:
             raise ValueError(
                 f"found address {start}; expected 0 to 65535, counted from 0 (40001 is holding:0)"

@@ -21,19 +21,27 @@ Problems = list[Problem]
 
 def load_with_rules(path: Path) -> tuple[Config, Plant]:
     """Load a configuration and build its plant; raise ConfigError with every problem of either."""
-    config = load(path, inspect=lambda sound: build(sound)[1])
-    plant, _ = build(config)
-    return config, plant
+    plants: list[Plant] = []
+
+    def inspect(sound: Config) -> Problems:
+        plant, problems = build(sound)
+        plants.append(plant)
+        return problems
+
+    config = load(path, inspect=inspect)
+    return config, plants[-1]
 
 
 def build(config: Config) -> tuple[Plant, Problems]:
     """Compile the rules; return them with the limits of every tag, and each mistake with its place."""
     problems: Problems = []
     limits: dict[str, Limits] = {}
+    shared: dict[tuple[Limits, type], Limits] = {}  # most tags are not written, and alike: 140 bytes each
     for device_name, device in config.device.items():
         for name, tag in device.tags.items():
             full = f"{device_name}.{name}"
-            limits[full] = _limits(tag)
+            found = _limits(tag)
+            limits[full] = shared.setdefault((found, type(found.safe)), found)
             problems += _odd_limits(("device", device_name, "tags", name), tag, limits[full])
     kinds = {name: limit.kind for name, limit in limits.items()}
     for name, window in config.window.items():
