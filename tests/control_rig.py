@@ -73,7 +73,7 @@ class Site:
         self.broken: set[str] = set()
         self.held: set[str] = set()
         self.due_s: float | None = None
-        self.memo = Memo()
+        self.memo = Memo(made)
         self.state = engine.restored(State(), made, self.now_s, saved_s=self.now_s, same_boot=True)
         self.written: list[tuple[float, str, Scalar, Scalar | None]] = []
         """When, what, the new value and the one that the setpoint was known to hold."""
@@ -117,8 +117,9 @@ class Site:
         raise AssertionError(f"writes without end: {lines}")
 
     def _cycle(self) -> Cycle:
-        plain = engine.step(self.plant, self.state, self.image, self.link, self.now_s)
-        cycle = engine.step(self.plant, self.state, self.image, self.link, self.now_s, memo=self.memo)
+        frozen = dict(self.image)
+        plain = engine.step(self.plant, self.state, frozen, self.link, self.now_s)
+        cycle = engine.step(self.plant, self.state, frozen, self.link, self.now_s, memo=self.memo)
         assert cycle == plain, "what is remembered from the last cycle changed this one"
         self.state, self.due_s = cycle.state, cycle.due_s
         setpoints = [planned.setpoint for planned in cycle.writes]
@@ -156,7 +157,7 @@ class Site:
         memory = msgspec.json.encode(self.state)
         if reboot:
             self.base_s = 5.0 - self.at_s
-        self.image, self.memo, self.due_s = {}, Memo(), None
+        self.image, self.memo, self.due_s = {}, Memo(self.plant), None
         self.state = engine.restored(
             msgspec.json.decode(memory, type=State), self.plant, self.now_s,
             saved_s=saved_s, same_boot=not reboot,

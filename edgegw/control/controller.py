@@ -73,7 +73,8 @@ class Controller:
         self._ledger = ledger
         self._link = link
         self._write = write
-        self._memo = engine.Memo()
+        self._memo = engine.Memo(plant)
+        self._timed = [rule for rule in plant.rules if rule.for_s]
         self._due = asyncio.Event()
         self._busy: dict[str, asyncio.Task[str | None]] = {}
         self._settling: set[asyncio.Task[bool]] = set()
@@ -170,7 +171,7 @@ class Controller:
         """Have what must survive saved within SAVE_S, if it has changed or a timer runs."""
         if self._saving is not None or self._leaving:
             return
-        if self._lasting() != self._saved or engine.counting(self._plant, self.state, clock.mono_s()):
+        if self._lasting() != self._saved or engine.counting(self._timed, self.state, clock.mono_s()):
             self._saving = asyncio.get_running_loop().call_later(SAVE_S, self._save_now)
 
     def _save_now(self) -> None:

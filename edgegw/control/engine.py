@@ -89,16 +89,6 @@ class Plant(NamedTuple):
     hand_back: str
 
 
-class _Known(NamedTuple):
-    """What a rule came to, and what that depends on."""
-
-    link: LinkState
-    seen: tuple[object, ...]
-    state: RuleState
-    due_s: float
-    demands: list[Demand]
-
-
 DUE_MARGIN_S = 0.002
 """Near the moment that something falls due, a rule is looked at anew: a cycle is asked for a little after it."""
 
@@ -106,20 +96,32 @@ DUE_MARGIN_S = 0.002
 class Memo:
     """Spares a cycle the rules whose inputs have not changed: it never changes what a cycle comes to.
 
-    With 100 rules on 50 devices one scan touches three of them, and a cycle takes a seventh of the time.
+    A scan touches the few rules that read its device: with 1,000 rules on 50 devices a cycle takes a tenth of the time.
     """
 
-    def __init__(self) -> None:
-        self.rules: dict[str, _Known] = {}
+    def __init__(self, plant: Plant) -> None:
+        self.readers: dict[str, list[int]] = {}
+        for number, rule in enumerate(plant.rules):
+            for device in rule.devices:
+                self.readers.setdefault(device, []).append(number)
+        self.link: LinkState | None = None
+        self.image: Mapping[str, Latest] = {}
+        self.states: Mapping[str, RuleState] | None = None
+        self.demands: dict[str, list[Demand]] = {}
+        self.due: dict[str, float] = {}
+        self.due_s = inf
         self.reached: dict[str, tuple[Demand, Latest | None]] = {}
 
 
 def step(
     plant: Plant, state: State, image: Mapping[str, Latest], link: LinkState, now_s: float,
-    *, extra: Mapping[str, Scalar] | None = None, busy: frozenset[str] = frozenset(), memo: Memo | None = None,
+    *, busy: frozenset[str] = frozenset(), memo: Memo | None = None,
 ) -> Cycle:  # fmt: skip
-    """Run one cycle. `extra` are inputs beside the image (windows); `busy` setpoints have a write on the way."""
-    return _Step(plant, state, image, link, now_s, extra or {}, busy, memo or Memo()).run()
+    """Run one cycle. `busy` setpoints have a write on the way; `memo` is this plant's, from the cycle before.
+
+    Neither state nor image may change afterwards.
+    """
+    return _Step(plant, state, image, link, now_s, busy, memo or Memo(plant)).run()
 
 
 class _Step:
@@ -127,16 +129,16 @@ class _Step:
 
     def __init__(
         self, plant: Plant, state: State, image: Mapping[str, Latest], link: LinkState, now_s: float,
-        extra: Mapping[str, Scalar], busy: frozenset[str], memo: Memo,
+        busy: frozenset[str], memo: Memo,
     ) -> None:  # fmt: skip
         self.memo = memo
         self.plant = plant
         self.image = image
         self.link = link
         self.now_s = now_s
-        self.extra = extra
         self.busy = busy
-        self.rules = dict(state.rules)
+        self.rules = state.rules
+        self.judged: dict[str, RuleState] = {}
         self.leases = dict(state.leases)
         self.farewells = dict(state.farewells)
         self.owners = dict(state.owners)
@@ -149,9 +151,7 @@ class _Step:
         self.due: list[float] = list(self.retry_s.values())
 
     def run(self) -> Cycle:
-        demands: list[Demand] = []
-        for rule in self.plant.rules:
-            demands += self._known(rule)
+        demands = self._ruled()
         demands += self._leases(frozenset(demand.setpoint for demand in demands))
         held = frozenset(demand.setpoint for demand in demands)
         self.farewells = {
@@ -185,7 +185,7 @@ class _Step:
         device, _, tag = name.partition(".")
         latest = self.image.get(device)
         if latest is None:
-            return self.extra.get(name)
+            return None
         stale_after_s = self.plant.rule_stale_after_s.get(rule.name, self.plant.stale_after_s[device])
         if not latest.held:
             self.due.append(nextafter(latest.at_s + stale_after_s, inf))
@@ -221,24 +221,39 @@ class _Step:
 
     # -- demands -----------------------------------------------------------------------------------------
 
-    def _known(self, rule: Rule) -> list[Demand]:
-        """Return what a rule wants, from the last cycle if nothing that it depends on has changed since."""
-        seen = (*map(self.image.get, rule.devices), *map(self.extra.get, rule.inputs if self.extra else ()))
-        known = self.memo.rules.get(rule.name)
-        if (
-            known is not None
-            and known.link == self.link
-            and self.now_s < known.due_s - DUE_MARGIN_S
-            and known.state is self.rules.get(rule.name)
-            and all(now is then for now, then in zip(seen, known.seen, strict=True))
-        ):
-            self.due.append(known.due_s)
-            return known.demands
-        before = len(self.due)
-        demands = list(self._rule(rule))
-        due_s = min((at for at in self.due[before:] if at > self.now_s), default=inf)
-        self.memo.rules[rule.name] = _Known(self.link, seen, self.rules[rule.name], due_s, demands)
-        return demands
+    def _ruled(self) -> list[Demand]:
+        """Return what the rules want; those are judged anew for which anything has changed since the last cycle."""
+        memo = self.memo
+        for rule in self._moved():
+            before = len(self.due)
+            demands = list(self._rule(rule))
+            if demands:
+                memo.demands[rule.name] = demands
+            else:
+                memo.demands.pop(rule.name, None)
+            memo.due[rule.name] = min((at for at in self.due[before:] if at > self.now_s), default=inf)
+        if any(state != self.rules.get(name) for name, state in self.judged.items()):
+            self.rules = {**self.rules, **self.judged}
+        memo.link, memo.image, memo.states = self.link, self.image, self.rules
+        memo.due_s = min(memo.due.values(), default=inf)
+        self.due.append(memo.due_s)
+        return [demand for demands in memo.demands.values() for demand in demands]
+
+    def _moved(self) -> list[Rule]:
+        """Return the rules that the last cycle does not tell about, in their order."""
+        memo, rules = self.memo, self.plant.rules
+        if memo.link != self.link or memo.states is not self.rules:
+            return list(rules)
+        image, before = self.image, memo.image
+        touched = {
+            number
+            for device, readers in memo.readers.items()
+            if image.get(device) is not before.get(device)
+            for number in readers
+        }
+        if (near_s := self.now_s + DUE_MARGIN_S) >= memo.due_s:
+            touched |= {number for number, rule in enumerate(rules) if near_s >= memo.due[rule.name]}
+        return [rules[number] for number in sorted(touched)]
 
     def _reached(self, demand: Demand) -> bool:
         """Tell whether the setpoint was found to hold just this, and neither has changed since."""
@@ -274,7 +289,7 @@ class _Step:
                     safe = self.plant.limits[setpoint].safe if unsafe else None
                     demand = demand._replace(value=safe, cause="failsafe")
                 yield demand
-        self.rules[rule.name] = state
+        self.judged[rule.name] = state
 
     def _undecided(self, rule: Rule, state: RuleState, decided: bool) -> tuple[RuleState, bool]:
         """Note since when an active rule cannot say what it wants; tell whether `hold` is over."""
@@ -418,13 +433,10 @@ def objection(
     return None
 
 
-def counting(plant: Plant, state: State, now_s: float) -> bool:
-    """Tell whether a rule's `for` is running: how far it has come is part of what must survive."""
-    times = {rule.name: rule.for_s for rule in plant.rules}
-    return any(
-        rule.true_since_s is not None and now_s - rule.true_since_s < times.get(name, 0.0)
-        for name, rule in state.rules.items()
-    )
+def counting(timed: Iterable[Rule], state: State, now_s: float) -> bool:
+    """Tell whether the `for` of one of these rules is running: how far it has come is part of what must survive."""
+    begun = ((rule, state.rules.get(rule.name, RuleState()).true_since_s) for rule in timed)
+    return any(since_s is not None and now_s - since_s < rule.for_s for rule, since_s in begun)
 
 
 def restored(

@@ -90,7 +90,7 @@ class Replay:
         self._held = held
         self._link: LinkState = link
         self._image = Image()
-        self._memo = Memo()
+        self._memo = Memo(plant)
         self._state = engine.restored(State(), plant, BEGAN_S, saved_s=BEGAN_S, same_boot=True)
         self._now_s = BEGAN_S
         self._due_s: float | None = None
