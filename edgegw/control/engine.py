@@ -107,8 +107,8 @@ class Memo:
         self.link: LinkState | None = None
         self.image: Mapping[str, Latest] = {}
         self.states: Mapping[str, RuleState] | None = None
-        self.demands: dict[str, list[Demand]] = {}
-        self.due: dict[str, float] = {}
+        self.demands: dict[int, list[Demand]] = {}
+        self.due = [inf for _ in plant.rules]
         self.due_s = inf
         self.reached: dict[str, tuple[Demand, Latest | None]] = {}
 
@@ -224,26 +224,24 @@ class _Step:
     def _ruled(self) -> list[Demand]:
         """Return what the rules want; those are judged anew for which anything has changed since the last cycle."""
         memo = self.memo
-        for rule in self._moved():
+        for number in self._moved():
             before = len(self.due)
-            demands = list(self._rule(rule))
-            if demands:
-                memo.demands[rule.name] = demands
-            else:
-                memo.demands.pop(rule.name, None)
-            memo.due[rule.name] = min((at for at in self.due[before:] if at > self.now_s), default=inf)
+            memo.demands[number] = list(self._rule(self.plant.rules[number]))
+            memo.due[number] = min((at for at in self.due[before:] if at > self.now_s), default=inf)
+            if not memo.demands[number]:
+                del memo.demands[number]
         if any(state != self.rules.get(name) for name, state in self.judged.items()):
             self.rules = {**self.rules, **self.judged}
         memo.link, memo.image, memo.states = self.link, self.image, self.rules
-        memo.due_s = min(memo.due.values(), default=inf)
+        memo.due_s = min(memo.due, default=inf)
         self.due.append(memo.due_s)
-        return [demand for demands in memo.demands.values() for demand in demands]
+        return [demand for number in sorted(memo.demands) for demand in memo.demands[number]]
 
-    def _moved(self) -> list[Rule]:
-        """Return the rules that the last cycle does not tell about, in their order."""
-        memo, rules = self.memo, self.plant.rules
+    def _moved(self) -> Iterable[int]:
+        """Return which of the rules the last cycle does not tell about, in their order."""
+        memo = self.memo
         if memo.link != self.link or memo.states is not self.rules:
-            return list(rules)
+            return range(len(memo.due))
         image, before = self.image, memo.image
         touched = {
             number
@@ -252,8 +250,8 @@ class _Step:
             for number in readers
         }
         if (near_s := self.now_s + DUE_MARGIN_S) >= memo.due_s:
-            touched |= {number for number, rule in enumerate(rules) if near_s >= memo.due[rule.name]}
-        return [rules[number] for number in sorted(touched)]
+            touched |= {number for number, due_s in enumerate(memo.due) if near_s >= due_s}
+        return sorted(touched)
 
     def _reached(self, demand: Demand) -> bool:
         """Tell whether the setpoint was found to hold just this, and neither has changed since."""
