@@ -162,14 +162,15 @@ def sustained_at(readings_s: float, seconds: float, folder: Path) -> dict[str, f
         }
 
 
-def fsyncs(folder: Path) -> dict[str, float]:
-    """Return how many readings there were to a wait for the disk, as the journal counted when it was closed."""
+def wear(folder: Path) -> Any:
+    """Return what the journal counted in its life, after it was closed."""
     from edgegw.journal.store import Reader
 
     reader = Reader(folder / "journal.db")
-    wear = reader.wear()
-    reader.close()
-    return {"readings_per_fsync": round(wear.readings / max(1, wear.fsyncs))}
+    try:
+        return reader.wear()
+    finally:
+        reader.close()
 
 
 def wait(counter: Counter, seconds: float) -> None:
@@ -185,7 +186,8 @@ def sustained(seconds: float, demands: list[float]) -> list[dict[str, float]]:
     for demand in demands:
         with tempfile.TemporaryDirectory(prefix="edgegw-bench-") as folder:
             row = sustained_at(demand, seconds, Path(folder))
-            rows.append(row | fsyncs(Path(folder)))
+            counted = wear(Path(folder))
+            rows.append(row | {"readings_per_fsync": round(counted.readings / max(1, counted.fsyncs))})
         if rows[-1]["share"] < 0.97:
             break
     return rows
@@ -216,11 +218,15 @@ def drain(readings: int, asked_s: float = 800_000) -> dict[str, float]:
                 began = at  # the last moment at which nothing had come
             peak = max(peak, rss_mb(gateway.pid))
         took = last[0] - began
+        used = cpu_s(gateway.pid) - used
+        gateway.terminate()
+        gateway.wait(30)
         return {
+            "journaled": wear(folder).readings,
             "readings": last[1],
             "drain_s": round(took, 2),
             "readings_s": round(last[1] / took),
-            "cpu_us_per_reading": round((cpu_s(gateway.pid) - used) / last[1] * 1e6, 3),
+            "cpu_us_per_reading": round(used / last[1] * 1e6, 3),
             "rss_early_mb": round(rest, 1),
             "rss_backlog_mb": round(built, 1),
             "rss_drain_peak_mb": round(peak, 1),
