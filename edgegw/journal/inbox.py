@@ -13,6 +13,8 @@ BYTES = 16 * 1024**2
 """Encoded records that may wait before new ones are lost."""
 OVERHEAD = 200
 """What each of them takes besides."""
+TURN_BYTES = 2 * 1024**2
+"""Encoded records that are worth a turn of the writer before its time: a transaction's worth."""
 
 
 @dataclass
@@ -91,6 +93,11 @@ class Inbox:
 
     def __bool__(self) -> bool:
         return bool(self._load.items)
+
+    @property
+    def much(self) -> bool:
+        """Whether a turn of the writer is worth while already."""
+        return self._load.bytes > TURN_BYTES
 
     def put(self, record: Record) -> None:
         """Take a record. Events are always taken; scans are counted as lost while the inbox is full."""

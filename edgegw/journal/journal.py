@@ -106,10 +106,15 @@ class Journal:
         was = self._timekeeper.era
         if (era := self._timekeeper.look()) is None:
             self._inbox.put(record)
-            return
-        step_ms = era.offset_ms - was.offset_ms
+        else:
+            self._put_between(record, era, era.offset_ms - was.offset_ms)
+        if self._inbox.much and not self._writer.error:
+            self._wake.set()
+
+    def _put_between(self, record: Record, era: Era, step_ms: int) -> None:
+        """Put a record where it belongs: before the clock's step, or after it."""
         if abs(record.ts - (era.wall_ms - step_ms)) < abs(record.ts - era.wall_ms):
-            self._inbox.put(record)  # it was made before
+            self._inbox.put(record)
             self._begin_era(era, step_ms)
         else:
             self._begin_era(era, step_ms)
