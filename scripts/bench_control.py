@@ -1,6 +1,6 @@
 """Measures control's reaction: from the bytes of an answer to the bytes of the write, as the field sees them.
 
-50 devices are scanned each 100 ms, and 100 rules read them. Now and then a device's value crosses its rule's
+50 devices are scanned each 100 ms or so, and 100 rules read them. Now and then a device's value crosses its rule's
 threshold; the time from sending that answer to receiving the write is one sample. Every fdatasync and fsync of the
 gateway is delayed, as a stalling card delays it.
 """
@@ -10,6 +10,7 @@ import random
 import struct
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 DEVICES, RULES = 50, 100
@@ -62,11 +63,13 @@ class Wire(asyncio.Protocol):
             data = data[6 + length :]
 
 
-def configuration(port: int, broker_port: int) -> str:
+def configuration(port: int, broker_port: int, every_ms: int) -> str:
     """Return the configuration of 50 devices and 100 rules, half of which look at two devices."""
     text = f'[gateway]\nid = "bench"\n[status]\nhttp = ""\n[uplink]\nurl = "mqtt://127.0.0.1:{broker_port}"\n'
     for i in range(DEVICES):
-        text += f'[device.d{i}]\ndriver = "modbus"\nurl = "tcp://127.0.0.1:{port + i}"\nevery = "100ms"\n'
+        text += (
+            f'[device.d{i}]\ndriver = "modbus"\nurl = "tcp://127.0.0.1:{port + i}"\nevery = "{every_ms}ms"\n'
+        )
         text += f"[device.d{i}.tags]\n"
         text += 'v = { address = "holding:0", type = "float32" }\n'
         for name, at in (("sp", 2), ("sp2", 4)):
@@ -81,16 +84,17 @@ def configuration(port: int, broker_port: int) -> str:
 
 
 async def measure(
-    folder: Path, port: int, broker_port: int, seconds: float, delay_us: int
-) -> dict[str, float]:
-    """Run the gateway against the field for so long; return the figures in milliseconds."""
+    folder: Path, port: int, broker_port: int, seconds: float, delay_us: int = 0, every_ms: int = 100,
+    confine: Callable[[int], None] = lambda pid: None,
+) -> dict[str, float]:  # fmt: skip
+    """Run the gateway against the field for so long, perhaps confined; return the figures in milliseconds."""
     loop = asyncio.get_running_loop()
     samples: list[float] = []
     for i in range(DEVICES):
         kind = type("Wire", (Wire,), {"device": Device(samples, i)})
         await loop.create_server(kind, "127.0.0.1", port + i)
     path = folder / "config.toml"
-    path.write_text(configuration(port, broker_port))
+    path.write_text(configuration(port, broker_port, every_ms))
     delayed = f"inject=fdatasync,fsync:delay_enter={delay_us}"
     strace = (
         "strace",
@@ -107,12 +111,14 @@ async def measure(
     )
     command = (sys.executable, "-m", "edgegw", "run", "-c", str(path), "--log-level", "error")
     gateway = await asyncio.create_subprocess_exec(*(strace if delay_us else ()), *command)
+    confine(gateway.pid)
     await asyncio.sleep(seconds)
     gateway.terminate()
     await gateway.wait()
     ordered = sorted(samples[DEVICES:] or samples)
     return {
         "writes": len(ordered),
+        "every_ms": every_ms,
         "fsync_delay_ms": delay_us / 1000,
         "p50_ms": round(ordered[len(ordered) // 2] * 1000, 2),
         "p99_ms": round(ordered[len(ordered) * 99 // 100] * 1000, 2),

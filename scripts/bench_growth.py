@@ -3,8 +3,10 @@
 Each row is a gateway of its own, measured for some seconds after some to warm up.
 """
 
+import json
 import os
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +20,7 @@ from bench_run import (
     TAGS,
     Counter,
     cpu_s,
+    drain,
     mosquitto,
     process,
     rss_mb,
@@ -31,12 +34,13 @@ SLOW_QUOTA, SLOW_BYTES = 0.25, 256 * 1024**2
 
 
 def site(
-    folder: Path, ports: tuple[int, int], devices: int, tags: int, every_ms: int, rules: int = 0
+    folder: Path, ports: tuple[int, int, int], devices: int, tags: int, every_ms: int, rules: int = 0
 ) -> Path:
     """Write the configuration of a site; each rule reads one device and writes nothing."""
-    field_port, broker_port = ports
+    field_port, broker_port, status_port = ports
     parts = [
-        '[gateway]\nid = "bench"\n[journal]\npath = "journal.db"\n[status]\nhttp = ""\n[uplink]\n'
+        '[gateway]\nid = "bench"\n[journal]\npath = "journal.db"\n'
+        f'[status]\nhttp = "127.0.0.1:{status_port}"\n[uplink]\n'
         f'url = "mqtt://127.0.0.1:{broker_port}"\nreconnect_jitter = "0s"\n'
     ]
     names = "\n".join(f't{i:02} = {{ address = "holding:{2 * i}", type = "float32" }}' for i in range(tags))
@@ -74,8 +78,8 @@ def measure(
     """Run one site and return what it cost."""
     with tempfile.TemporaryDirectory(prefix="edgegw-bench-") as name, ExitStack() as stack:
         folder = Path(name)
-        first = neighbours(devices + 1)
-        ports = first, first + devices
+        first = neighbours(devices + 2)
+        ports = first, first + devices, first + devices + 1
         command = (sys.executable, str(HERE / "bench_field.py"), str(ports[0]), str(devices), str(2 * tags))
         stack.enter_context(process(*command, wait_for="ready", stdout=-1))
         stack.enter_context(mosquitto(folder, ports[1]))
@@ -92,6 +96,7 @@ def measure(
         cpu, written, rest = cpu_s(gateway.pid), written_bytes(gateway.pid), rss_mb(gateway.pid)
         wait(counter, seconds)
         later, more, *_ = counter.now()
+        scans, skipped = scanned(folder)
         used, got = cpu_s(gateway.pid) - cpu, (more - readings) // TAGS * (tags + 1)
         return {
             "devices": devices,
@@ -102,9 +107,18 @@ def measure(
             "core_percent": round(100 * used / (later - at), 2),
             "cpu_us_per_reading": round(used / max(1, got) * 1e6, 2),
             "bytes_written_per_reading": round((written_bytes(gateway.pid) - written) / max(1, got), 1),
+            "skipped_share": round(skipped / max(1, scans + skipped), 3),
             "rss_mb": round(rest, 1),
             "rss_later_mb": round(rss_mb(gateway.pid), 1),
         }
+
+
+def scanned(folder: Path) -> tuple[int, int]:
+    """Return how many scans there were and how many were passed over, as the gateway tells it."""
+    command = (sys.executable, "-m", "edgegw", "status", "-c", str(folder / "config.toml"), "--json")
+    told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    devices = json.loads(told.stdout)["devices"].values()
+    return sum(one["scans"] for one in devices), sum(one["skipped"] for one in devices)
 
 
 @contextmanager
@@ -135,16 +149,31 @@ def slow_machine() -> Iterator[Any]:
 
 
 def growth(seconds: float) -> list[dict[str, Any]]:
-    """Measure ever more devices of ten tags, ever more tags, and ever more rules, each scanned once a second."""
+    """Measure ever more devices of ten tags, ever more tags, ever more rules, and drains of ever longer backlogs."""
     rows = [measure(devices, 10, 1000, seconds) for devices in (10, 100, 500, 1000, 2000)]
     rows += [
         measure(devices, tags, 1000, seconds)
         for devices, tags in ((1, 10), (10, 10), (20, 50), (200, 50), (1650, 60))
     ]
     rows += [measure(50, 10, 100, seconds, rules) for rules in (0, 1, 10, 100, 1000)]
-    return rows
+    return rows + [drain(10**power) for power in (5, 6, 7, 8)]
 
 
 def slow(seconds: float) -> list[dict[str, Any]]:
-    """Measure a quarter of a core and 256 MB, up to far more than it can do."""
-    return [measure(20, 50, every_ms, seconds, 20, slow=True) for every_ms in (1000, 100, 50, 20, 5)]
+    """Measure a quarter of a core and 256 MB, up to far more than it can do; and control's reaction there."""
+    import uvloop
+    from bench_control import DEVICES
+    from bench_control import measure as control
+
+    rows = [measure(20, 50, every_ms, seconds, 20, slow=True) for every_ms in (1000, 100, 50, 20, 5)]
+    for every_ms in (100, 5):
+        with tempfile.TemporaryDirectory(prefix="edgegw-bench-") as name, slow_machine() as put:
+            first = neighbours(DEVICES + 1)
+            with mosquitto(Path(name), first + DEVICES):
+                ports = first, first + DEVICES
+                rows.append(
+                    uvloop.run(
+                        control(Path(name), *ports, max(20.0, seconds), every_ms=every_ms, confine=put)
+                    )
+                )
+    return rows
