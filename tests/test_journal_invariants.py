@@ -267,7 +267,7 @@ class Journals(RuleBasedStateMachine):
         self.hand.writer._acked_at -= 1e6
         if every:
             self.hand.writer._keeper._pruned_at -= 1e6
-            self.hand.writer._opened_s -= 90_000.0
+            self.hand.writer._odometer._since_s -= 90_000.0
             self.turn()
 
     @rule(older_than_ms=st.sampled_from([0, 100]))

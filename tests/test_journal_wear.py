@@ -81,8 +81,8 @@ def a_day(hand: Hand, time: Monotonic, readings: int, interval_s: float, turns: 
         assert hand.writer.error is None
         time.s += interval_s
         if turn == 100:  # what begins a file is no matter
-            began = hand.writer._wear_due(hand.writer._ready()[0], now=True)
-    ended = hand.writer._wear_due(hand.writer._ready()[0], now=True)
+            began = hand.writer._odometer.due(hand.writer._ready()[0].take_fsyncs, now=True)
+    ended = hand.writer._odometer.due(hand.writer._ready()[0].take_fsyncs, now=True)
     assert began
     assert ended
     days = (ended.run_ms - began.run_ms) / 86_400_000

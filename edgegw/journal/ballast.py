@@ -3,12 +3,19 @@
 On a full disk SQLite can neither delete nor checkpoint; with this much given back it can.
 """
 
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
 
+from edgegw import clock
+from edgegw.journal.store import Store
+
+log = logging.getLogger(__name__)
+
 SPARE = 3
 """How many times the ballast must be free before it is taken: whoever filled the disk may not be done."""
+LOOK_EVERY_S = 10.0
 
 
 class Ballast:
@@ -49,3 +56,46 @@ class Ballast:
         """Give its room back; a disk that takes not even that keeps it."""
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
+
+
+class Headroom:
+    """Keeps a journal from growing on a disk that others have filled: then old batches go for new ones.
+
+    `confined` while that is so; `cramped` from when a commit found no room until some was made.
+    """
+
+    def __init__(self, journal: Path, size_bytes: int) -> None:
+        self.confined = self.cramped = False
+        self._ballast = Ballast(journal, size_bytes)
+        self._looked_s = -LOOK_EVERY_S
+
+    def squeezed(self, *, full: bool) -> None:
+        """Give the ballast back after a failure on a full disk.
+
+        Not only where SQLite says so: where it cannot make its files it speaks of an I/O error.
+        """
+        self.cramped = self.cramped or full
+        if self._ballast.spare:
+            return  # it is our own limit, or something else
+        if not self.confined:
+            log.error(
+                "journal: the ballast is given back; until there is room again old batches go for new ones"
+            )
+        self._ballast.give()
+        self.confined = True
+        self._looked_s = clock.mono_s()
+
+    def look(self, store: Store) -> None:
+        """See now and then whether there is room to grow: as much as the ballast takes, and some."""
+        if clock.mono_s() - self._looked_s < LOOK_EVERY_S:
+            return
+        self._looked_s = clock.mono_s()
+        if not self._ballast.hold():
+            if not self.confined:
+                log.error("journal: the disk is nearly full; until there is room old batches go for new ones")
+            store.confine()
+            self.confined = True
+        elif self.confined:
+            log.warning("journal: there is room on the disk again")
+            store.relax()
+            self.confined = False

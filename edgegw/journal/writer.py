@@ -20,7 +20,7 @@ from edgegw.domain.ranges import Ranges
 from edgegw.domain.record import Event, Record
 from edgegw.errors import JournalDamaged, JournalError, JournalFull
 from edgegw.journal import retention, succession, timekeeper
-from edgegw.journal.ballast import Ballast
+from edgegw.journal.ballast import Headroom
 from edgegw.journal.encode import Group, Sealer, group, group_entries
 from edgegw.journal.inbox import Damage, Inbox, Lost, Prune
 from edgegw.journal.keeper import ROW_BYTES, Keeper
@@ -30,7 +30,7 @@ from edgegw.journal.settled import Settled
 from edgegw.journal.spanner import Spanner
 from edgegw.journal.store import PAGE, SLACK, Row, Span, Store, Tip, ballast_bytes, set_aside, unpack
 from edgegw.journal.succession import Left
-from edgegw.journal.wear import Meter, Wear
+from edgegw.journal.wear import Odometer
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,6 @@ TRANSACTION_BYTES = 2 * 1024**2
 """Encoded records in one transaction, at most; less where half the WAL's share is less."""
 ACKED_EVERY_S = 10.0
 """How often what is settled is written down: each time costs a page, and a loss only means sending again."""
-BALLAST_EVERY_S = 10.0
-WEAR_EVERY_S = 60.0
 RETRY_S = 1.0
 PRUNE_S = 0.1
 """How long a turn prunes because it was asked to."""
@@ -98,9 +96,8 @@ class Writer:
         self._tell = tell
         self._mark = MarkFile(path)
         self._keeper = Keeper(config, settled, max_message)
-        self._ballast = Ballast(path, ballast_bytes(config.max_size))
-        self._confined = self._cramped = False
-        self._ballast_at = -BALLAST_EVERY_S
+        self._headroom = Headroom(path, ballast_bytes(config.max_size))
+        self._odometer = Odometer()
         self._store: Store | None = None
         self._sealer: Sealer | None = None
         self._opening: list[Group] = []
@@ -112,10 +109,7 @@ class Writer:
         self._spanner = Spanner()
         self._gone = self._fewer = 0
         self._say_s = 0.0
-        self._wear = Wear()
-        self._meter = Meter()
-        self._readings = 0
-        self._opened_s = self._acked_at = self._wear_at = clock.mono_s()
+        self._acked_at = clock.mono_s()
         self._failures = 0
         self._failing_since = 0.0
 
@@ -131,7 +125,7 @@ class Writer:
 
     def open(self) -> None:
         """Open the file; if it cannot be opened now, each turn tries again."""
-        self._meter.take()  # counts from here on, in this thread
+        self._odometer.start()
         self._guarded(self._ready)
 
     def turn(self, *, last: bool = False) -> None:
@@ -160,7 +154,7 @@ class Writer:
                 step()
         except JournalError as error:
             self._failed(error)
-            self._squeezed(full=isinstance(error, JournalFull))
+            self._headroom.squeezed(full=isinstance(error, JournalFull))
         except Exception as error:  # the thread's edge: without the writer nothing would be kept any more
             if not self._failures:
                 log.exception("journal: crashed")
@@ -171,37 +165,6 @@ class Writer:
                 log.warning("journal: back after %d failures, %.0f s", self._failures, down_s)
             self._failures = 0
             self.error = None
-
-    def _squeezed(self, *, full: bool) -> None:
-        """On a full disk give the ballast back, and from now on let go of old batches for new ones instead of growing.
-
-        Not only where SQLite says so: where it cannot make its files it speaks of an I/O error.
-        """
-        self._cramped = self._cramped or full
-        if self._ballast.spare:
-            return  # it is our own limit, or something else
-        if not self._confined:
-            log.error(
-                "journal: the ballast is given back; until there is room again old batches go for new ones"
-            )
-        self._ballast.give()
-        self._confined = True
-        self._ballast_at = clock.mono_s()
-
-    def _hold_ballast(self, store: Store) -> None:
-        """See now and then whether there is room to grow: as much as the ballast takes, and some."""
-        if clock.mono_s() - self._ballast_at < BALLAST_EVERY_S:
-            return
-        self._ballast_at = clock.mono_s()
-        if not self._ballast.hold():
-            if not self._confined:
-                log.error("journal: the disk is nearly full; until there is room old batches go for new ones")
-            store.confine()
-            self._confined = True
-        elif self._confined:
-            log.warning("journal: there is room on the disk again")
-            store.relax()
-            self._confined = False
 
     def _failed(self, error: JournalError) -> None:
         if not self._failures:
@@ -268,7 +231,7 @@ class Writer:
             settled = store.acked()
             settled.remove(tip.head + 1, 1 << 62)
             self._settled.begin(store.stream, settled, tip.head)
-        if self._confined:
+        if self._headroom.confined:
             store.confine()
         self.head, self.stream = tip.head, store.stream
         self._store, self._sealer = store, Sealer(self._gateway, store.stream, tip.head, tip.digest)
@@ -290,8 +253,8 @@ class Writer:
         store.append([], wear=store.wear())
 
     def _begin_stream(self, store: Store) -> None:
-        self._wear = store.wear()._replace(run_ms=max(store.wear().run_ms, store.latest_run_ms()))
-        self._opened_s = clock.mono_s()
+        noted = store.wear()
+        self._odometer.begin(noted._replace(run_ms=max(noted.run_ms, store.latest_run_ms())))
         self._keeper.begin()
         self._spanner.clear()
 
@@ -322,12 +285,12 @@ class Writer:
 
     def _turn(self, last: bool) -> None:
         store, sealer = self._ready()
-        self._hold_ballast(store)
+        self._headroom.look(store)
         self._take()
         if self._damages:
             self._commit(store, sealer, [], self._keeper.condemned(store, sealer, self._damages))
             self._damages = []
-        expired = self._keeper.expired(store, self._run_ms())
+        expired = self._keeper.expired(store, self._odometer.run_ms)
         while self._waiting or expired.ranges or not sealer.head:
             groups = self._next_groups(store)
             self._make_room(store, sealer, groups)
@@ -336,7 +299,7 @@ class Writer:
         self._prune(store, sealer)
         if (acked := self._acked_due(now=last)) is not None or last:
             spans = self._spanner.take(all_of_it=last)
-            store.append([], acked=acked, spans=spans, wear=self._wear_due(store, now=last))
+            store.append([], acked=acked, spans=spans, wear=self._odometer.due(store.take_fsyncs, now=last))
             self._checkpoint(store)
         flushed, self._flushes = self._flushes, []
         if flushed:
@@ -347,7 +310,7 @@ class Writer:
         until_s = clock.mono_s() + PRUNE_S
         while self._prunes and clock.mono_s() < until_s:
             prune = self._prunes[0]
-            doom, batches = self._keeper.pruned(store, self._run_ms() - prune.older_than_ms)
+            doom, batches = self._keeper.pruned(store, self._odometer.run_ms - prune.older_than_ms)
             if batches:
                 self._commit(store, sealer, [], doom)
                 prune.batches += batches
@@ -367,7 +330,7 @@ class Writer:
                 self._era = item
             else:
                 self._waiting.append(item)
-        self._readings += taken.readings
+        self._odometer.count(taken.readings)
         self._flushes += taken.flushes
         self._prunes += taken.prunes
         for damage in taken.damages:
@@ -408,13 +371,15 @@ class Writer:
         spans = self._spanner.take(all_of_it=bool(doom.summaries))
         spans += [Span(new.batch.seq, new.batch.last, new.first_ts, new.last_ts) for new in doom.summaries]
         self._unsure = unsure = _Unsure(sealed, gaps, doom.fewer, self._waiting[len(groups) :])
-        store.append(rows, doomed=doom.ranges, acked=acked, spans=spans, wear=self._wear_due(store))
+        store.append(
+            rows, doomed=doom.ranges, acked=acked, spans=spans, wear=self._odometer.due(store.take_fsyncs)
+        )
         self._unsure = None
         self._durable(unsure)
         self._checkpoint(store)
 
     def _row(self, batch: Batch, ts: int, link: bytes | None = None, period_s: int = 0) -> Row:
-        run_ms = self._run_ms()
+        run_ms = self._odometer.run_ms
         return Row(
             batch.seq, batch.count, batch.kind.value, period_s, ts, run_ms, batch.digest, link, batch.size, batch.packed
         )  # fmt: skip
@@ -479,27 +444,11 @@ class Writer:
         """
         need = SLACK + sum(_room(made.size) for made in groups if isinstance(made, Group))
         while (short := need - store.free_bytes()) > 0:
-            doom = self._keeper.room(store, sealer, short, cramped=self._cramped)
+            doom = self._keeper.room(store, sealer, short, cramped=self._headroom.cramped)
             if not doom.ranges:
                 return  # the newest batch alone is left
             self._commit(store, sealer, [], doom)
-            self._cramped = False
-
-    def _run_ms(self) -> int:
-        """Return how long the journal has been open, in all its life."""
-        return self._wear.run_ms + round((clock.mono_s() - self._opened_s) * 1000)
-
-    def _wear_due(self, store: Store, *, now: bool = False) -> Wear | None:
-        """Return what the journal has written so far, if it is time to note it."""
-        if not now and clock.mono_s() - self._wear_at < WEAR_EVERY_S:
-            return None
-        self._wear_at = clock.mono_s()
-        more = Wear(
-            self._run_ms() - self._wear.run_ms, self._readings, self._meter.take(), store.take_fsyncs()
-        )
-        self._wear = self._wear.plus(more)
-        self._opened_s, self._readings = clock.mono_s(), 0
-        return self._wear
+            self._headroom.cramped = False
 
     def _acked_due(self, gaps: Sequence[Loss] = (), *, now: bool = False) -> Ranges | None:
         """Return what is settled, with what is about to be, if it is time to write it down."""
