@@ -119,7 +119,7 @@ def found(file: Path, *patterns: str, period: Period = Period()) -> list[Reading
         (["meter3", "meter", "kw", "meter1."], {"meter1.kw", "meter1.on"}),
         (["meter3.kw"], set()),
     ],
-    ids=str,
+    ids=lambda given: str(sorted(given)),
 )
 def test_tags_are_found_by_name_device_and_pattern(site: Site, patterns: list[str], names: set[str]) -> None:
     assert found(site.journal, *patterns) == [one for one in site.readings if one.name in names]
