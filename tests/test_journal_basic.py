@@ -163,6 +163,42 @@ async def test_a_folder_that_is_not_there_is_waited_for_and_nothing_is_lost(tmp_
     assert await journal.close()
 
 
+async def test_a_transactions_worth_is_committed_before_the_interval_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgegw.journal.inbox.TURN_BYTES", 50_000)
+    async with opened(tmp_path / "journal.db", config(commit_ms=60_000)) as (journal, listener):
+        await asyncio.wait_for(journal.flush(), DEADLINE_S)
+        journal.append(scan(0))
+        await asyncio.sleep(0.3)
+        assert listener.told[-1].batch.last == 1, "a little waits for the interval"
+        for n in range(1, 400):
+            journal.append(scan(n))
+        await listener.until(100)
+
+
+async def test_a_journal_that_fails_is_not_tried_more_often_because_much_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgegw.journal.inbox.TURN_BYTES", 1_000)
+    journal = Journal(tmp_path / "nowhere" / "journal.db", "site-7", config(), 16 * 1024)
+    tries: list[float] = []
+    ready = journal._writer._ready
+
+    def counted() -> object:
+        tries.append(0.0)
+        return ready()
+
+    monkeypatch.setattr(journal._writer, "_ready", counted)
+    journal.start()
+    await asyncio.wait_for(journal.opened.wait(), DEADLINE_S)
+    for n in range(100):
+        journal.append(scan(n))
+        await asyncio.sleep(0.01)
+    assert 1 <= len(tries) <= 3, "once a second"
+    assert not await journal.close()
+
+
 # -- numbering and chain -------------------------------------------------------------------------------------
 
 
