@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.dataclasses import dataclass
-from pydantic_core import core_schema
+from pydantic_core import ArgsKwargs, core_schema
 
 from edgegw.config.units import Duration, ModbusAddress, Ramp, Size
 from edgegw.domain.tag import GATEWAY_ID, NAME
@@ -182,7 +182,15 @@ _tag = dataclass(config=_STRICT, frozen=True, slots=True, kw_only=True)
 
 def _from_table(kind: type[Any]) -> BeforeValidator:
     """Return what makes a dataclass of a table, which pydantic does not where it is strict."""
-    return BeforeValidator(lambda table: kind(**table) if isinstance(table, dict) else table)
+
+    def made(table: Any) -> Any:
+        if not isinstance(table, dict):
+            return table
+        blank = object.__new__(kind)  # as its __init__ does, which takes any key but its own first argument's
+        kind.__pydantic_validator__.validate_python(ArgsKwargs((), table), self_instance=blank)
+        return blank
+
+    return BeforeValidator(made)
 
 
 @_tag
