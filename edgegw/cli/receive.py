@@ -6,7 +6,6 @@ import logging
 import signal
 import socket
 import sys
-import threading
 from pathlib import Path
 
 import click
@@ -20,6 +19,7 @@ from edgegw.receiver.intake import Intake
 from edgegw.receiver.receipts import Receipts
 from edgegw.receiver.report import Report
 from edgegw.receiver.sink import Sink
+from edgegw.runtime.stop import Stop
 
 
 def _duration(ctx: click.Context, param: click.Parameter, value: str) -> Duration:
@@ -141,9 +141,7 @@ def command(
         username, _password(username, password_file), ca_file,
     )  # fmt: skip
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    stop = Stop(signal.SIGINT, signal.SIGTERM)
     sink = target.open_sink(to)
     try:
         lasts = to != target.STDOUT and not no_ack

@@ -6,16 +6,16 @@ While that goes on nothing is read, so that memory is bounded whatever the broke
 """
 
 import logging
-import threading
 from collections.abc import Sequence
 
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_using_event
+from tenacity import RetryCallState, Retrying, retry_if_exception_type
 from tenacity.wait import wait_random_exponential
 
 from edgegw.clock import mono_s
 from edgegw.errors import UplinkError
 from edgegw.receiver.intake import Intake
 from edgegw.receiver.subscriber import Broker, Connection, Protocol, ProtocolError
+from edgegw.runtime.stop import Stop
 
 MOST_MESSAGES = 200
 MOST_BYTES = 16 * 1024**2
@@ -77,7 +77,7 @@ class Receiver:
         self,
         broker: Broker,
         intake: Intake,
-        stop: threading.Event,
+        stop: Stop,
         idle_s: float | None = None,
         protocols: Sequence[Protocol] = tuple(Protocol),
     ) -> None:
@@ -104,7 +104,7 @@ class Receiver:
         retrying = Retrying(
             retry=retry_if_exception_type(UplinkError),
             wait=wait_random_exponential(multiplier=0.5, max=RETRY_MAX_S),
-            sleep=sleep_using_event(self._stop),
+            sleep=self._stop.wait,
             stop=self._to_give_up,
             reraise=True,
         )
