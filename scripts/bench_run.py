@@ -317,10 +317,9 @@ def ceilings(seconds: float) -> dict[str, float]:
     }
 
 
-def beside(rows: list[dict[str, float]], bare: dict[str, float]) -> list[dict[str, float]]:
-    """Put what arrived beside what a bare reading loop gets."""
-    loop = bare["bare_pymodbus_loop"]
-    return [{**row, "of_pymodbus_loop": round(row["arrived"] / loop, 3)} for row in rows]
+def beside(row: dict[str, float], rate: str, bare: dict[str, float]) -> dict[str, float]:
+    """Put a rate beside what the machine does without a gateway, as shares of each."""
+    return row | {name.replace("bare", "of"): round(row[rate] / most, 4) for name, most in bare.items()}
 
 
 def measures(asked: argparse.Namespace) -> dict[str, Callable[[], Any]]:
@@ -329,7 +328,12 @@ def measures(asked: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     def all_sustained() -> Any:
         bare = ceilings(min(5.0, asked.seconds))
         rows = sustained(asked.seconds, asked.demand or [200e3, 400e3, 600e3, 775e3, 886e3, 1033e3, 1240e3])
-        return [*beside(rows, bare), bare]
+        return [*(beside(row, "arrived", bare) for row in rows), bare]
+
+    def all_drained() -> Any:
+        bare = ceilings(min(5.0, asked.seconds))
+        sent = {name: bare[name] for name in ("bare_sqlite_insert", "bare_paho_publish")}
+        return [beside(drain(asked.backlog), "readings_s", sent), sent]
 
     def all_opcua() -> Any:
         from bench_opcua import opcua
@@ -348,7 +352,7 @@ def measures(asked: argparse.Namespace) -> dict[str, Callable[[], Any]]:
             "help_s": round(help_s(), 3),
         },
         "sustained": all_sustained,
-        "drain": lambda: drain(asked.backlog),
+        "drain": all_drained,
         "control": lambda: control(max(20.0, asked.seconds)),
         "opcua": all_opcua,
         "growth": lambda: grown("growth"),
