@@ -866,6 +866,23 @@ def test_values_of_any_size_and_kind_go_through(tmp_path: Path) -> None:
     hand.close()
 
 
+def test_what_nests_too_deeply_is_left_out_and_the_rest_is_kept(tmp_path: Path) -> None:
+    """`append` encodes on the event loop: nothing may come out of it there."""
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    hand = Hand(tmp_path / "journal.db", config())
+    hand.turn(Scan(1, "meter1", {"a": 1, "deep": deep}))
+    records = [record for one in hand.told for record in one.records if "values" in record]
+    assert {tag: value for record in records for tag, value in record["values"].items()} == {
+        "a": 1,
+        "deep": None,
+    }
+    hand.close()
+    while deep:
+        deep = deep[0]
+
+
 def test_a_walk_goes_on_behind_a_row_whose_count_is_wrong(tmp_path: Path) -> None:
     hand = filled(tmp_path / "journal.db", 5)
     hand.close()

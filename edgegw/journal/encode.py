@@ -90,7 +90,7 @@ def _encode(record: Record) -> bytes | None:
     """Return the record's JSON, None if it holds something that JSON cannot, such as half a surrogate pair."""
     try:
         return _encoder.encode(wire(record))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return None
 
 
