@@ -76,9 +76,7 @@ class Hand:
         self.flushed: list[asyncio.Future[None]] = []
         self.inbox = Inbox(max_message)
         self.settled = Settled()
-        self.writer = Writer(
-            path, GATEWAY, journal or config(), max_message, self.inbox, self.settled, self._tell
-        )
+        self.writer = Writer(path, GATEWAY, journal or config(), self.inbox, self.settled, self._tell)
         self.writer.open()
 
     def _tell(self, committed: Committed | None, flushed: list[asyncio.Future[None]]) -> None:

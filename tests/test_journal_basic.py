@@ -459,6 +459,65 @@ def test_p5_acknowledged_batches_go_before_unsent_ones(tmp_path: Path) -> None:
     again.close()
 
 
+def test_what_a_broker_confirmed_goes_before_what_was_never_sent_and_is_named(tmp_path: Path) -> None:
+    """With end-to-end acknowledgement: a receiver that is gone for good must not fill the journal."""
+    hand = Hand(tmp_path / "journal.db", config(4 * MIB, when_full="thin"), max_message=16 * 1024)
+    n = 0
+    while hand.bytes < 2 * MIB:
+        hand.turn(*(scan(n + i, 100) for i in range(40)))
+        n += 40
+    old = list(hand.told)
+    for one in old[len(old) // 2 :]:
+        hand.settled.note_delivered(one.batch)
+    pending = hand.settled.pending_batches
+    assert pending == len(old), "the broker's word settles nothing here"
+    packed = 0
+    while packed < 1.2 * MIB:
+        packed += sum(len(one.batch.packed) for one in hand.turn(*(scan(n + i, 100) for i in range(40))))
+        n += 40
+    left, stream = kept(hand.path), hand.told[0].stream
+    gone = named((one.body for one in hand.told), stream)
+    delivered = [one.batch for one in old[len(old) // 2 :]]
+    assert all(one.batch.seq in left.bodies for one in old[: len(old) // 2]), (
+        "nothing unsent went or was thinned"
+    )
+    assert not all(batch.seq in left.bodies for batch in delivered), "some that the broker has went"
+    assert all(gone.covers(b.seq, b.last) for b in delivered if b.seq not in left.bodies)
+    assert chain([*(one.body for one in hand.told)]).breaks == []
+    hand.close()
+
+
+def test_that_a_receiver_confirms_is_known_after_a_restart_and_unknown_of_a_new_stream(
+    tmp_path: Path,
+) -> None:
+    hand = Hand(tmp_path / "journal.db")
+    hand.turn(scan(1))
+    assert not hand.settled.end_to_end
+    hand.settled.note_end_to_end()
+    hand.close()
+    again = Hand(hand.path)
+    assert again.settled.end_to_end
+    again.close()
+    hand.path.unlink()
+    new = Hand(hand.path)
+    assert not new.settled.end_to_end
+    new.close()
+
+
+def test_a_limit_of_the_broker_bounds_new_batches_until_it_is_lifted(tmp_path: Path) -> None:
+    hand = Hand(tmp_path / "journal.db", max_message=64 * 1024)
+    records = [scan(n, tags=60) for n in range(40)]
+    hand.inbox.limit_message(4096)
+    small = hand.turn(*records)
+    hand.inbox.limit_message(None)
+    large = hand.turn(*records)
+    hand.inbox.limit_message(1024**2)
+    assert max(len(one.body) for one in small) <= 4096 < max(len(one.body) for one in large)
+    assert max(len(one.body) for one in hand.turn(*records)) <= 64 * 1024
+    assert chain(one.body for one in hand.told).intact
+    hand.close()
+
+
 def test_a_smaller_max_size_is_obeyed_as_far_as_the_file_can(tmp_path: Path) -> None:
     """A file does not shrink, but what it holds does."""
     hand = Hand(tmp_path / "journal.db", config(16 * MIB))

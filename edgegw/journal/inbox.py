@@ -13,6 +13,8 @@ BYTES = 16 * 1024**2
 """Encoded records that may wait before new ones are lost."""
 OVERHEAD = 200
 """What each of them takes besides."""
+MIN_MESSAGE = 1024
+"""No limit makes batches smaller than that, bytes of JSON."""
 TURN_BYTES = 2 * 1024**2
 """Encoded records that are worth a turn of the writer before its time: a transaction's worth."""
 
@@ -87,7 +89,8 @@ class Inbox:
     """
 
     def __init__(self, max_message: int) -> None:
-        self._max_message = max_message
+        self.max_message = max_message
+        self._configured = max_message
         self._load = Load()
         self._lock = threading.Lock()
 
@@ -99,13 +102,18 @@ class Inbox:
         """Whether a turn of the writer is worth while already."""
         return self._load.bytes > TURN_BYTES
 
+    def limit_message(self, size_bytes: int | None) -> None:
+        """Have records that come from now on grouped into batches of at most that, and of what is configured."""
+        limit = self._configured if size_bytes is None else min(self._configured, size_bytes)
+        self.max_message = max(MIN_MESSAGE, limit)
+
     def put(self, record: Record) -> None:
         """Take a record. Events are always taken; scans are counted as lost while the inbox is full."""
         if self._load.full and not isinstance(record, Event):
             with self._lock:
                 self._load.lose()
             return
-        entries = encode(record, self._max_message)
+        entries = encode(record, self.max_message)
         readings = len(record.values) if isinstance(record, Scan) else 1
         with self._lock:
             self._load.add(entries, readings)

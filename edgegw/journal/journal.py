@@ -70,7 +70,7 @@ class Journal:
         self._timekeeper = Timekeeper()
         self._inbox = Inbox(max_message)
         self._settled = Settled()
-        self._writer = Writer(path, gateway, config, max_message, self._inbox, self._settled, self._tell)
+        self._writer = Writer(path, gateway, config, self._inbox, self._settled, self._tell)
         self._wake = threading.Event()
         self._closing = False
         self._period_s = config.commit_interval.s * 0.9  # the rest of the interval is for the commit itself
@@ -144,6 +144,27 @@ class Journal:
     def acknowledge(self, batch: Batch) -> None:
         """Note that the upstream has a batch."""
         self._settled.acknowledge(batch)
+
+    @property
+    def end_to_end(self) -> bool:
+        """Whether a receiver has confirmed anything of this stream, also in earlier runs."""
+        return self._settled.end_to_end
+
+    def note_end_to_end(self) -> None:
+        """Note that a receiver has confirmed something of this stream; it is durable within ten seconds."""
+        self._settled.note_end_to_end()
+
+    def note_delivered(self, batch: Batch) -> None:
+        """Note that the broker has confirmed a batch and no receiver has yet: it goes first if there must be room."""
+        self._settled.note_delivered(batch)
+
+    def published(self) -> Ranges:
+        """Return what has gone out of this stream since it was opened."""
+        return self._settled.published()
+
+    def limit_message(self, size_bytes: int | None) -> None:
+        """Make new batches no larger than that (JSON, bytes), and never larger than `max_message`."""
+        self._inbox.limit_message(size_bytes)
 
     async def acknowledge_ranges(self, stream: str, ranges: Iterable[tuple[int, int]]) -> Ranges:
         """Note that the upstream has the batches wholly within each of `ranges`; return what that settles.

@@ -4,7 +4,7 @@ It only reads; the writer carries out what it decides, in one transaction with t
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 import msgspec
@@ -18,7 +18,7 @@ from edgegw.domain.record import Event
 from edgegw.errors import JournalDamaged
 from edgegw.journal import retention
 from edgegw.journal.encode import Sealer
-from edgegw.journal.inbox import Damage
+from edgegw.journal.inbox import Damage, Inbox
 from edgegw.journal.retention import Doom, Loss, Summary
 from edgegw.journal.settled import Settled
 from edgegw.journal.store import Store, Stored, of_period, unpack
@@ -43,10 +43,10 @@ EVENT_BYTES = 200
 class Keeper:
     """Keeps the journal within its limits; used by the writer's thread."""
 
-    def __init__(self, config: JournalConfig, settled: Settled, max_message: int) -> None:
+    def __init__(self, config: JournalConfig, settled: Settled, inbox: Inbox) -> None:
         self._config = config
         self._settled = settled
-        self._limit = max_message - HEAD_ROOM
+        self._inbox = inbox
         self._pruned_at = clock.mono_s()
         self._releases = 0
         self.begin()
@@ -76,7 +76,8 @@ class Keeper:
         return retention.NOTHING, 0
 
     def room(self, store: Store, sealer: Sealer, need_bytes: int, *, cramped: bool = False) -> Doom:
-        """Choose what gives back room, some of it at a time: what is settled, what can be thinned, what is oldest.
+        """Choose what gives back room, some of it at a time: what is settled, what at least the broker has confirmed,
+        what can be thinned, what is oldest.
 
         What is thinned gives back less than it seems to where its rows share pages with others: `cramped`, after that
         has failed, lets go instead.
@@ -84,9 +85,11 @@ class Keeper:
         need_bytes = max(need_bytes, self._config.max_size // (10 if cramped else 100))
         settled = self._settled.copy()
         doom = retention.freeing(self._settled_rows(store, sealer.head, settled), settled, need_bytes)
+        if not doom.ranges:
+            doom = self._drop(store, self._settled.delivered(), settled, need_bytes)
         if not doom.ranges and self._config.when_full == "thin" and not cramped:
             doom = self._thin(store, sealer)
-        return doom if doom.ranges else self._drop(store, sealer.head, settled, need_bytes)
+        return doom if doom.ranges else self._drop(store, settled.gaps(1, sealer.head), settled, need_bytes)
 
     def _settled_rows(self, store: Store, head: int, settled: Ranges) -> Iterator[Stored]:
         for seqs in settled:
@@ -98,11 +101,14 @@ class Keeper:
 
     # -- dropping ----------------------------------------------------------------------------------------
 
-    def _drop(self, store: Store, head: int, settled: Ranges, need_bytes: int) -> Doom:
-        """Choose the oldest of what nobody has; naming it must not take more room than it gives back."""
-        wanted = need_bytes
+    def _drop(
+        self, store: Store, within: Iterable[tuple[int, int]], settled: Ranges, need_bytes: int
+    ) -> Doom:
+        """Choose the oldest of what no receiver has, within these seqs; naming it must not take more room than it
+        gives back."""
+        wanted, within = need_bytes, list(within)
         while True:
-            unsent = (stored for gap in settled.gaps(1, head) for stored in store.oldest(*gap, 2000))
+            unsent = (stored for seqs in within for stored in store.oldest(*seqs, 2000))
             doom = retention.freeing(unsent, settled, wanted)
             named = self._named_again(store, doom)
             gained = doom.bytes - EVENT_BYTES * (len(named.lost) + len(named.events))
@@ -176,9 +182,8 @@ class Keeper:
             sources = [
                 [Source(*stored[:2], stored.link, said[stored.first]) for stored in run] for run in stretch
             ]
-            made = [
-                _summary(sealer, one, COARSER[finer]) for one in thin(sources, COARSER[finer], self._limit)
-            ]
+            limit = self._inbox.max_message - HEAD_ROOM
+            made = [_summary(sealer, one, COARSER[finer]) for one in thin(sources, COARSER[finer], limit)]
             was = sum(stored.bytes + ROW_BYTES for run in stretch for stored in run)
             now = sum(len(summary.batch.packed) + ROW_BYTES for summary in made) + EVENT_BYTES * len(stretch)
             if not made or now > GAIN * was:

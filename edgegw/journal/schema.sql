@@ -2,7 +2,8 @@
 -- The newest batch is never deleted, so head and the chain's last hash are read from it.
 CREATE TABLE stream (
     id TEXT NOT NULL,
-    created_ms INTEGER NOT NULL
+    created_ms INTEGER NOT NULL,
+    end_to_end INTEGER NOT NULL  -- 1 once a receiver has confirmed anything of it
 ) STRICT;
 CREATE TABLE batch (
     seq INTEGER PRIMARY KEY,     -- of the first record

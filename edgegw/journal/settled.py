@@ -12,6 +12,9 @@ class Settled:
 
     What the drain holds in its hands is not thinned meanwhile, and what is being thinned it does not take: otherwise
     a batch and its summary would both be sent. Nor is what it has not `heard` of yet: it takes that as it was made.
+
+    Where receivers confirm (`end_to_end`), what the broker has confirmed and no receiver yet is `delivered`: still
+    pending, and the first to go when there must be room.
     """
 
     def __init__(self) -> None:
@@ -20,10 +23,12 @@ class Settled:
         self.generation = 0
         self.releases = 0
         self.heard = 0
+        self.end_to_end = False
         self._stream = ""
         self._ranges = Ranges()
         self._held = Ranges()
         self._published = Ranges()
+        self._delivered = Ranges()
         self._claimed = Ranges()
         self._lock = threading.Lock()
 
@@ -62,14 +67,35 @@ class Settled:
         with self._lock:
             self.pending_batches += batches
 
-    def begin(self, stream: str, ranges: Ranges, head: int) -> None:
+    def begin(self, stream: str, ranges: Ranges, head: int, *, end_to_end: bool) -> None:
         """Start from what a journal says of itself."""
         with self._lock:
             self._stream = stream
             self.heard = head
+            self.end_to_end = end_to_end
             self._ranges = ranges
-            self._held, self._published, self._claimed = Ranges(), Ranges(), Ranges()
+            self._held, self._published, self._delivered, self._claimed = (Ranges() for _ in range(4))
             self.generation += 1
+
+    def note_end_to_end(self) -> None:
+        """Note that a receiver has confirmed something of this stream."""
+        with self._lock:
+            self.dirty = self.dirty or not self.end_to_end
+            self.end_to_end = True
+
+    def note_delivered(self, batch: Batch) -> None:
+        """Note that the broker has confirmed a batch that no receiver has confirmed."""
+        with self._lock:
+            if batch.stream == self._stream:
+                self._delivered.add(batch.seq, batch.last)
+
+    def delivered(self) -> Ranges:
+        """Return what the broker has confirmed and nobody else, of what is pending."""
+        with self._lock:
+            delivered = self._delivered.copy()
+            for first, last in self._ranges:
+                delivered.remove(first, last)
+            return delivered
 
     def recount(self, pending: Callable[[Ranges], int]) -> None:
         """Count the batches outside the set as the file holds them."""

@@ -23,7 +23,7 @@ from edgegw.errors import JournalDamaged, JournalError, JournalFull
 from edgegw.journal.wear import Wear
 
 APPLICATION_ID = 0x65646777  # "edgw"
-VERSION = 3
+VERSION = 4
 PAGE = 1024
 """A commit at rest writes two pages: small ones, in a WAL that does not change its length, cost the card a third."""
 OPEN_WAIT_MS = 5_000
@@ -141,7 +141,7 @@ class Store:
     def _create(self, db: apsw.Connection, now_ms: int) -> None:
         with db:
             db.execute((resources.files("edgegw.journal") / "schema.sql").read_text())
-            db.execute("INSERT INTO stream VALUES (?, ?)", (str(uuid.uuid4()), now_ms))
+            db.execute("INSERT INTO stream VALUES (?, ?, 0)", (str(uuid.uuid4()), now_ms))
             db.pragma("application_id", APPLICATION_ID)
             db.pragma("user_version", VERSION)
 
@@ -214,13 +214,19 @@ class Store:
         with _mapped(self.path, "read"):
             return _acked(self._open)
 
+    def end_to_end(self) -> bool:
+        """Tell whether a receiver has confirmed anything of this stream."""
+        with _mapped(self.path, "read"):
+            return bool(self._open.execute("SELECT CAST(end_to_end AS INTEGER) FROM stream").get)
+
     def append(
         self, rows: Sequence[Row], *, doomed: Iterable[tuple[int, int]] = (), acked: Ranges | None = None,
-        spans: Iterable[Span] = (), wear: Wear | None = None,
+        spans: Iterable[Span] = (), wear: Wear | None = None, end_to_end: bool = False,
     ) -> None:  # fmt: skip
         """Delete the batches within each of `doomed`, add `rows`, write down what is settled, all or nothing.
 
-        Each of `spans` takes the place of what others cover of it. It is durable when this returns.
+        Each of `spans` takes the place of what others cover of it; `end_to_end` notes, for good, that a receiver has
+        confirmed something. It is durable when this returns.
         """
         with _mapped(self.path, "commit"):
             db = self._open
@@ -234,6 +240,8 @@ class Store:
                     rows_acked = ((first, last, _sum(first, last)) for first, last in acked)
                     db.executemany("INSERT INTO acked VALUES (?, ?, ?)", rows_acked)
                     db.execute("DELETE FROM span WHERE last < (SELECT min(seq) FROM batch)")
+                    if end_to_end:
+                        db.execute("UPDATE stream SET end_to_end = 1 WHERE end_to_end = 0")
                 if wear is not None:
                     db.execute("DELETE FROM wear")
                     db.execute("INSERT INTO wear VALUES (?, ?, ?, ?, ?)", (*wear, _sum(*wear)))

@@ -80,22 +80,20 @@ class Writer:
     """Owns the store. All methods are called in one thread; stream, head and error may be read from others."""
 
     def __init__(
-        self, path: Path, gateway: str, config: JournalConfig, max_message: int,
-        inbox: Inbox, settled: Settled, tell: Tell,
-    ) -> None:  # fmt: skip
+        self, path: Path, gateway: str, config: JournalConfig, inbox: Inbox, settled: Settled, tell: Tell
+    ) -> None:
         self.stream = ""
         self.head = 0
         self.error: str | None = None
         self._path = path
         self._gateway = gateway
         self._config = config
-        self._max_message = max_message
         self._era = timekeeper.present()
         self._inbox = inbox
         self._settled = settled
         self._tell = tell
         self._mark = MarkFile(path)
-        self._keeper = Keeper(config, settled, max_message)
+        self._keeper = Keeper(config, settled, inbox)
         self._headroom = Headroom(path, ballast_bytes(config.max_size))
         self._odometer = Odometer()
         self._store: Store | None = None
@@ -230,7 +228,7 @@ class Writer:
             self._begin_stream(store)
             settled = store.acked()
             settled.remove(tip.head + 1, 1 << 62)
-            self._settled.begin(store.stream, settled, tip.head)
+            self._settled.begin(store.stream, settled, tip.head, end_to_end=store.end_to_end())
         if self._headroom.confined:
             store.confine()
         self.head, self.stream = tip.head, store.stream
@@ -299,7 +297,8 @@ class Writer:
         self._prune(store, sealer)
         if (acked := self._acked_due(now=last)) is not None or last:
             spans = self._spanner.take(all_of_it=last)
-            store.append([], acked=acked, spans=spans, wear=self._odometer.due(store.take_fsyncs, now=last))
+            wear = self._odometer.due(store.take_fsyncs, now=last)
+            store.append([], acked=acked, spans=spans, wear=wear, end_to_end=self._settled.end_to_end)
             self._checkpoint(store)
         flushed, self._flushes = self._flushes, []
         if flushed:
@@ -325,7 +324,7 @@ class Writer:
         taken = self._inbox.take()
         for item in taken.items:
             if isinstance(item, list):
-                self._waiting += group_entries(item, self._era, self._max_message)
+                self._waiting += group_entries(item, self._era, self._inbox.max_message)
             elif isinstance(item, Era):
                 self._era = item
             else:
@@ -341,7 +340,7 @@ class Writer:
             self._damages.append(damage)
 
     def _grouped(self, records: Iterable[Record]) -> list[Group]:
-        return group(records, self._era, self._max_message)
+        return group(records, self._era, self._inbox.max_message)
 
     def _next_groups(self, store: Store) -> list[Group | Lost]:
         """Return one transaction's worth of what waits."""
@@ -372,8 +371,9 @@ class Writer:
         spans += [Span(new.batch.seq, new.batch.last, new.first_ts, new.last_ts) for new in doom.summaries]
         self._unsure = unsure = _Unsure(sealed, gaps, doom.fewer, self._waiting[len(groups) :])
         store.append(
-            rows, doomed=doom.ranges, acked=acked, spans=spans, wear=self._odometer.due(store.take_fsyncs)
-        )
+            rows, doomed=doom.ranges, acked=acked, spans=spans, wear=self._odometer.due(store.take_fsyncs),
+            end_to_end=self._settled.end_to_end,
+        )  # fmt: skip
         self._unsure = None
         self._durable(unsure)
         self._checkpoint(store)
