@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from field import Field, field
 from gateway_rig import Message, Subscriber, config, device, gateway, until
-from journal_rig import MIB, Hand, Told, chain, covered, named, numbers, scan
+from journal_rig import MIB, Hand, Told, chain, covered, gaps_in, kept, named, numbers, scan
 from journal_rig import config as journal_config
 from rig import Process, free_port, mosquitto, needs_mosquitto, needs_strace
 
@@ -159,7 +159,8 @@ async def test_p5_others_fill_the_disk_and_nothing_stops_or_goes_unnamed(tmp_pat
                 before = len(first.batches("data"))
                 await until(lambda: len(first.batches("data")) > before + 20, "live batches all the same")
                 sizes.append(disk.bytes)
-            await scans_go_on(meter, 400)
+            await until(lambda: run.said("have become summaries"), "the oldest to go, or to be thinned", 90.0)
+            await scans_go_on(meter)
             sizes.append(disk.bytes)
             disk.free()
             await until(lambda: run.said("there is room on the disk again"), "it to be said")
@@ -288,3 +289,75 @@ async def test_p5_a_call_that_fails_or_stalls_loses_nothing(tmp_path: Path, faul
     counts = sorted(numbers({message.body for message in seen.batches(*KINDS)}))
     assert counts == list(range(1, len(counts) + 1))
     assert "INJECTED" in (tmp_path / "trace").read_text() or "DELAYED" in (tmp_path / "trace").read_text()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MiB in memory, where one can be mounted."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = (
+        os.geteuid() == 0
+        and not tool("mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder), check=False).returncode
+    )
+    if not mounted:
+        pytest.skip("needs root for a disk of its own")
+    yield folder
+    tool("umount", "-l", str(folder), check=False)
+
+
+def fill(folder: Path) -> Path:
+    """Have others take all that is free."""
+    hog = folder / f"others{len(list(folder.iterdir()))}"
+    with suppress(OSError), hog.open("wb", buffering=0) as file:
+        while file.write(bytes(64 * 1024)) == 64 * 1024:
+            pass
+    return hog
+
+
+@pytest.mark.parametrize("records", [5, 2_000])
+def test_p5_a_disk_that_others_fill_costs_no_record_while_there_is_room_and_names_do_not_breed(
+    small_disk: Path, records: int
+) -> None:
+    """The defaults, no broker, and `dd`: what the ballast gave back is for what comes."""
+    hand = Hand(small_disk / "journal.db", journal_config(1024 * MIB, when_full="thin"))
+    hand.turn(*(scan(n) for n in range(records)))
+    hog = fill(small_disk)
+    for n in range(records, records + 60):
+        hand.turn(scan(n))
+    assert hand.writer._headroom.confined, "the disk was full"
+    assert hand.writer.error is None
+    assert hand.told[-1].batch.last == records + 61, "a record each, and the stream event"
+    assert not named((one.body for one in hand.told), hand.told[0].stream)
+    hog.unlink()
+    hand.turn(scan(records + 60))
+    hand.close()
+    assert numbers(kept(hand.path).bodies.values()) == list(range(records + 61))
+
+
+def test_p5_on_a_disk_without_room_the_oldest_go_as_room_demands_and_one_range_names_them(
+    small_disk: Path,
+) -> None:
+    """For days: each record costs an old one, and what named a loss is named with it."""
+    hand = Hand(small_disk / "journal.db", journal_config(1024 * MIB, when_full="drop"))
+    hand.turn(*(scan(n) for n in range(2_000)))
+    fill(small_disk)
+    hand.turn(scan(2_000))
+    before = len(hand.told)
+    fill(small_disk)
+    while not any(gaps_in(one.body, one.stream) for one in hand.told[before:]):
+        hand.turn(*(scan(hand.told[-1].batch.last + n, 60, width=3) for n in range(20)))
+    sizes = []
+    for _ in range(600):
+        hand.turn(*(scan(hand.told[-1].batch.last + n, 60, width=3) for n in range(10)))
+        sizes.append(sum(batch.size for batch in kept(hand.path).batches.values()))
+    gaps = [gap for one in hand.told for gap in gaps_in(one.body, one.stream)]
+    held = kept(hand.path)
+    last = max(gap["to"] for gap in gaps)
+    assert gaps[-1]["from"] == 1, "one range from the first that went"
+    assert Ranges((gap["from"], gap["to"]) for gap in gaps).covers(1, last)
+    assert min(held.bodies) > last - 100, "what is named is gone, and nothing else"
+    assert sum(len(gaps_in(body, held.stream)) for body in held.bodies.values()) < 250
+    assert hand.told[-1].batch.last < 2_000 + 601 * 12 + 400, "events about what went are few"
+    assert min(sizes) > max(sizes) / 2, "no more goes than room demands"
+    hand.close()

@@ -29,7 +29,7 @@ PAGE = 1024
 OPEN_WAIT_MS = 5_000
 FRAME = PAGE + 24
 SLACK = 64 * 1024
-"""What is kept free for the events that name what went, and for what is settled."""
+"""What is kept free for the events that name what went, and for what is settled; less of a file that may not grow."""
 CHECKPOINT_FSYNCS = 4
 """Of the WAL, of the database, of the mark beside it, and of the WAL's header when that begins anew."""
 CHECKPOINT_WAIT_MS = 100
@@ -136,6 +136,7 @@ class Store:
             db.pragma("max_page_count", self._max_pages)
             db.set_wal_hook(self._committed)
             self.stream = _stream(db, self.path)
+            db.execute("DELETE FROM reserve")  # of a process that was killed while it reserved
             db.set_busy_timeout(CHECKPOINT_WAIT_MS)
 
     def _create(self, db: apsw.Connection, now_ms: int) -> None:
@@ -159,6 +160,20 @@ class Store:
         with _mapped(self.path, "read"):
             self._limit_pages = min(self._max_pages, int(self._open.pragma("page_count")))
         self._confined = True
+
+    def reserve(self, size_bytes: int) -> None:
+        """Take so much of the disk now, as free pages of the file that later records fill; raise JournalFull.
+
+        They are written once, so that they are there whatever others take; the WAL grows by as much.
+        """
+        with _mapped(self.path, "reserve"):
+            db = self._open
+            with _transaction(db):
+                db.execute("INSERT INTO reserve VALUES (zeroblob(?))", (size_bytes,))
+            self.checkpoint(force=True)
+            with _transaction(db):
+                db.execute("DELETE FROM reserve")
+            self._fsyncs += 2
 
     def relax(self) -> None:
         """Grow up to the limit again."""
@@ -262,6 +277,17 @@ class Store:
         self._fsyncs += CHECKPOINT_FSYNCS
         return True
 
+    @property
+    def slack_bytes(self) -> int:
+        """What is kept free for the events that name what went, and for what is settled."""
+        return min(SLACK, self._limit_pages * PAGE // 8)
+
+    def used_bytes(self) -> int:
+        """Return what of the file holds anything."""
+        with _mapped(self.path, "read"):
+            db = self._open
+            return (int(db.pragma("page_count")) - int(db.pragma("freelist_count"))) * PAGE
+
     def free_bytes(self) -> int:
         """Return how much still fits below the limit."""
         with _mapped(self.path, "read"):
@@ -278,8 +304,7 @@ class Store:
                 "SELECT period, sum(length(packed)) FROM batch INDEXED BY summary_bytes"
                 " WHERE period > 0 GROUP BY period"
             ).fetchall()
-            used = (int(db.pragma("page_count")) - int(db.pragma("freelist_count"))) * PAGE
-        return {0: used - sum(size for _, size in rows), **dict(rows)}
+        return {0: self.used_bytes() - sum(size for _, size in rows), **dict(rows)}
 
     def latest_run_ms(self) -> int:
         """Return how long the journal had been open, in all, when its newest batch was written."""

@@ -28,7 +28,7 @@ from edgegw.journal.mark import Mark, MarkFile
 from edgegw.journal.retention import Doom, Loss
 from edgegw.journal.settled import Settled
 from edgegw.journal.spanner import Spanner
-from edgegw.journal.store import PAGE, SLACK, Row, Span, Store, Tip, ballast_bytes, set_aside, unpack
+from edgegw.journal.store import PAGE, Row, Span, Store, Tip, ballast_bytes, set_aside, unpack
 from edgegw.journal.succession import Left
 from edgegw.journal.wear import Odometer
 
@@ -413,6 +413,7 @@ class Writer:
         self._settled.appended(len(done.sealed))
         for gap in done.gaps:
             self._settled.gone(gap.first, gap.last, gap.batches)
+        self._keeper.note_named(done.gaps, done.sealed[0].batch.seq)
         self._say_gone(done)
         batches = [made.batch for made in done.sealed]
         self._tell(Committed(self.stream, batches, [made.body for made in done.sealed]), [])
@@ -442,11 +443,15 @@ class Writer:
         It goes in transactions of its own, because what deleting gives back is known only afterwards: pages are
         shared between batches.
         """
-        need = SLACK + sum(_room(made.size) for made in groups if isinstance(made, Group))
+        need = store.slack_bytes + sum(_room(made.size) for made in groups if isinstance(made, Group))
         while (short := need - store.free_bytes()) > 0:
-            doom = self._keeper.room(store, sealer, short, cramped=self._headroom.cramped)
+            doom = self._keeper.acknowledged(store, sealer.head, short)
             if not doom.ranges:
-                return  # the newest batch alone is left
+                if self._headroom.extend(store):
+                    continue
+                doom = self._keeper.unsent(store, sealer, short, cramped=self._headroom.cramped)
+            if not doom.ranges:
+                return  # nothing is left whose going would give back anything
             self._commit(store, sealer, [], doom)
             self._headroom.cramped = False
 
