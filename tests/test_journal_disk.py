@@ -1,9 +1,11 @@
 """The journal on disks that are full, break or are slow: real file systems under real gateways."""
 
 import asyncio
+import fcntl
 import os
 import shutil
 import signal
+import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,7 +19,7 @@ from journal_rig import config as journal_config
 from rig import Process, free_port, mosquitto, needs_mosquitto, needs_strace
 
 from edgegw.domain.ranges import Ranges
-from edgegw.journal.store import Reader, size_bytes
+from edgegw.journal.store import FRAME, Reader, size_bytes
 
 KINDS = ("data", "event", "backfill", "summary")
 MAX_SIZE = 4 * MIB
@@ -62,6 +64,14 @@ class Disk:
         """Have the others go."""
         for file in self.path.glob("others*"):
             file.unlink()
+
+    def cut_power(self) -> None:
+        """Have nothing reach the disk any more, and start from what is on it (ext4's shutdown, without its log)."""
+        fd = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.ioctl(fd, 0x8004587D, struct.pack("I", 2))
+        finally:
+            os.close(fd)
 
     def break_down(self) -> None:
         """Have the kernel find an error in the file system."""
@@ -257,6 +267,38 @@ async def test_p5_a_disk_that_turns_read_only_stops_neither_polling_nor_the_daem
                 await stop(run)
                 await until(lambda: whole(seen.batches(*KINDS)).covers(1, head(disk)), "all of it")
     is_sound(seen.batches(*KINDS))
+
+
+@needs_mosquitto
+async def test_p1_a_power_cut_that_damages_the_wal_makes_no_seq_be_used_twice(
+    tmp_path: Path, disk: Disk
+) -> None:
+    port = free_port()
+    async with field() as meter:
+        with mosquitto(tmp_path, port), Subscriber(port) as seen:
+            with gateway(tmp_path, site(disk, port, meter)) as run:
+                await until(lambda: len(seen.batches("data")) > 60, "batches")
+                disk.cut_power()
+                run.send(signal.SIGKILL)
+                await asyncio.to_thread(run.end)
+            disk.unmount()
+            disk.mount()
+            wal = bytearray((disk.path / "journal.db-wal").read_bytes())
+            salts = wal[16:24]
+            ends = [at for at in range(32, len(wal) - FRAME + 1, FRAME) if wal[at + 8 : at + 16] == salts]
+            wal[ends[-12] + 500] ^= 1
+            (disk.path / "journal.db-wal").write_bytes(wal)
+            before = len(seen.batches("data"))
+            with gateway(tmp_path, site(disk, port, meter)) as run:
+                await until(lambda: len(seen.batches("data")) > before + 20, "batches again")
+                await stop(run)
+            await until(lambda: whole(seen.batches(*KINDS)).covers(1, head(disk)), "all of it, or its gap")
+    bodies: dict[tuple[str, int], bytes] = {}
+    for message in seen.batches(*KINDS):
+        key = (message.batch.stream, message.batch.seq)
+        assert bodies.setdefault(key, message.body) == message.body, f"{key} came twice"
+    is_sound(seen.batches(*KINDS))
+    assert named(bodies.values(), seen.batches("data")[0].batch.stream), "what was behind the damage is named"
 
 
 FAULTS = {

@@ -39,8 +39,8 @@ from edgegw.domain.record import Scan
 from edgegw.errors import JournalError
 from edgegw.journal import inbox
 from edgegw.journal.journal import Found, Journal
-from edgegw.journal.mark import MarkFile
-from edgegw.journal.store import PAGE, Reader, Store, set_aside, unpack, walk
+from edgegw.journal.mark import Mark, MarkFile
+from edgegw.journal.store import FRAME, PAGE, Reader, Store, set_aside, unpack, walk
 
 DEADLINE_S = 10.0
 
@@ -366,6 +366,61 @@ def test_a_flipped_bit_in_the_wal_of_a_killed_journal_is_found_and_named(tmp_pat
     hand.close()
 
 
+def frames(wal: Path) -> list[tuple[int, bool]]:
+    """Return where the frames of a WAL begin that are of its present life, and whether each ends a commit."""
+    content = wal.read_bytes()
+    return [
+        (at, content[at + 4 : at + 8] != bytes(4))
+        for at in range(32, len(content) - FRAME + 1, FRAME)
+        if content[at + 8 : at + 16] == content[16:24]
+    ]
+
+
+def test_p1_a_flipped_bit_in_the_wal_after_a_power_cut_makes_no_seq_be_used_twice(tmp_path: Path) -> None:
+    """The mark has gone back with the power: only the frames behind the damage tell how far the journal had come."""
+    hand = Hand(tmp_path / "journal.db", config())
+    hand.turn(scan(0))
+    early = hand.mark.read_bytes()
+    marked = len(frames(hand.path.with_name("journal.db-wal")))
+    dice = random.Random(1)
+    for n in range(1, 40):
+        hand.turn(*(scan(100 * n + i, 1 + dice.randrange(60)) for i in range(1 + dice.randrange(5))))
+    hit = [at for at, _ in frames(hand.path.with_name("journal.db-wal"))]
+    outcomes: Counter[str] = Counter()
+    for seed in range(150):
+        dice = random.Random(seed)
+        path = hand.copy_to(tmp_path / "hit")
+        path.with_name("journal.db.mark").write_bytes(early)
+        at = dice.choice(hit[marked:])
+        begin = at + 24 if at == hit[-1] else at  # the last commit's own header alone says that it was one
+        flip(path.with_name("journal.db-wal"), dice, within=range(begin, at + FRAME))
+        drained = Drained(Hand(path, config()))
+        drained.hand.turn(scan(10_000))
+        drained.drain()
+        drained.close()
+        outcomes[judge(hand.told, drained)] += 1
+        shutil.rmtree(path.parent)
+    assert outcomes["new stream"] == 0, "what is before the damage is kept, and sent"
+    assert outcomes["stretch"] > 100, outcomes
+    hand.close()
+
+
+def test_a_commit_that_a_kill_cut_short_is_no_reason_to_skip_seqs(tmp_path: Path) -> None:
+    """Its frames are there and no commit: nobody was told of it, and its seqs are free."""
+    hand = filled(tmp_path / "journal.db", 20)
+    *_, (_, before_commits), (last, commits) = frames(hand.path.with_name("journal.db-wal"))
+    assert commits
+    assert not before_commits, "a transaction of several frames"
+    path = hand.copy_to(tmp_path / "cut")
+    os.truncate(path.with_name("journal.db-wal"), last)
+    path.with_name("journal.db.mark").write_bytes(b"")
+    again = Hand(path, config())
+    (told,) = again.turn(scan(1000))
+    assert told.batch.seq == hand.told[-1].batch.seq
+    again.close()
+    hand.close()
+
+
 def test_a_wal_cut_short_is_an_older_copy(tmp_path: Path) -> None:
     hand = filled(tmp_path / "journal.db", 30)
     for part in (0.9, 0.5, 0.1, 0.0):
@@ -567,14 +622,46 @@ def test_an_empty_file_is_a_lost_one(tmp_path: Path) -> None:
     again.close()
 
 
-@pytest.mark.parametrize("spoil", ["missing", "empty", "torn", "flipped", "nonsense"])
+def test_a_journal_without_its_mark_begins_a_new_stream_and_uses_no_seq_twice(tmp_path: Path) -> None:
+    """As when only the database is restored: how far it had come nobody can say."""
+    hand = filled(tmp_path / "journal.db", 10)
+    hand.acknowledge(hand.told[:4])
+    hand.close()
+    hand.mark.unlink()
+    again = Hand(hand.path, config())
+    told = again.turn(scan(1000))
+    (began,) = events(told, "stream")
+    assert (began["reason"], began["previous"], began["previous_head"]) == (
+        "older-copy", hand.writer.stream, 11,
+    )  # fmt: skip
+    assert list(named((one.body for one in told), hand.writer.stream)) == [(5, 11)]
+    assert again.writer.stream != hand.writer.stream
+    again.close()
+
+
+def test_a_streams_first_commit_is_marked_on_the_disk_before_anyone_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    for name in ("fdatasync", "fsync"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda fd, real=real: (synced.append(os.fstat(fd).st_ino), real(fd)))
+    hand = Hand(tmp_path / "journal.db", config())
+    heard: list[tuple[Mark | None, set[int]]] = []
+    hand.listener = lambda told: heard.append((MarkFile(hand.path).read(), set(synced)))
+    hand.turn(scan(1))
+    mark, done = heard[0]
+    assert mark == Mark(hand.writer.stream, 2, hand.told[-1].batch.digest.hex(), clean=False)
+    assert {hand.mark.stat().st_ino, tmp_path.stat().st_ino} <= done
+    hand.close()
+
+
+@pytest.mark.parametrize("spoil", ["empty", "torn", "flipped", "nonsense"])
 def test_a_mark_that_cannot_be_read_costs_nothing(tmp_path: Path, spoil: str) -> None:
     hand = filled(tmp_path / "journal.db", 10)
     hand.close()
     line = hand.mark.read_bytes()
     match spoil:
-        case "missing":
-            hand.mark.unlink()
         case "empty":
             hand.mark.write_bytes(b"")
         case "torn":

@@ -21,9 +21,14 @@ TURN_BYTES = 2 * 1024**2
 
 @dataclass
 class Lost:
-    """Stands for records that found the inbox full."""
+    """Stands for records that have seqs and are nowhere: they found the inbox full, or their commits are damaged.
+
+    `link` is the hash that the batch after them carries, None if they never were in batches.
+    """
 
     count: int
+    reason: str = "full"
+    link: bytes | None = None
 
 
 class Damage(NamedTuple):

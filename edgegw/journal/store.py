@@ -20,6 +20,7 @@ import zstandard
 from edgegw.domain.batch import GENESIS, HEAD_ROOM, Batch, Kind, names
 from edgegw.domain.ranges import Ranges
 from edgegw.errors import JournalDamaged, JournalError, JournalFull
+from edgegw.journal.wal import Trace, committed_beyond
 from edgegw.journal.wear import Wear
 
 APPLICATION_ID = 0x65646777  # "edgw"
@@ -136,7 +137,8 @@ class Store:
             db.pragma("max_page_count", self._max_pages)
             db.set_wal_hook(self._committed)
             self.stream = _stream(db, self.path)
-            db.execute("DELETE FROM reserve")  # of a process that was killed while it reserved
+            if db.execute("SELECT count(*) FROM reserve").get:
+                db.execute("DELETE FROM reserve")  # of a process that was killed while it reserved
             db.set_busy_timeout(CHECKPOINT_WAIT_MS)
 
     def _create(self, db: apsw.Connection, now_ms: int) -> None:
@@ -201,6 +203,17 @@ class Store:
         """Return the newest batch, None if there is none yet."""
         with _mapped(self.path, "read"):
             return _newest(self._open, self.stream)
+
+    def committed_beyond(self, tip: int) -> Trace | None:
+        """Return the last batch that was committed after record `tip` and cannot be read, None if there is none.
+
+        To be asked before anything is written: that takes the place of the frames that bear witness.
+        """
+        with _mapped(self.path, "read"):
+            frames, _ = self._open.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
+            wal = _wal(self.path)
+            content = wal.read_bytes() if wal.exists() else b""
+        return committed_beyond(content, max(0, frames), PAGE, tip)
 
     def following(self, seq: int) -> Batch | None:
         """Return the first batch that begins after `seq`, None if there is none."""

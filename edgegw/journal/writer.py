@@ -206,9 +206,8 @@ class Writer:
         if self._store is not None and self._sealer is not None:
             return self._store, self._sealer
         mark = self._mark.read()
-        store = Store(self._path, self._config.max_size).open(
-            clock.wall_ms(), check=mark is None or not mark.clean
-        )
+        unclean = mark is None or not mark.clean
+        store = Store(self._path, self._config.max_size).open(clock.wall_ms(), check=unclean)
         try:
             tip, older = self._tip(store, mark)
             if self._unsure:
@@ -229,17 +228,29 @@ class Writer:
             settled = store.acked()
             settled.remove(tip.head + 1, 1 << 62)
             self._settled.begin(store.stream, settled, tip.head, end_to_end=store.end_to_end())
+            if unclean:
+                self._skip_damaged_commits(store, tip)
         if self._headroom.confined:
             store.confine()
         self.head, self.stream = tip.head, store.stream
         self._store, self._sealer = store, Sealer(self._gateway, store.stream, tip.head, tip.digest)
+        if tip.head:  # until then the mark tells of the stream before
+            self._write_mark(clean=False, sync=True)
         unsure, self._unsure = self._unsure, None
         if unsure and unsure.sealed and unsure.sealed[-1].batch.digest == tip.digest:
             self._durable(unsure)  # the commit that seemed to fail is on the disk after all
         self._settled.recount(lambda settled: store.pending_batches(settled, self.head))
-        if tip.head:  # until then the mark tells of the stream before
-            self._write_mark(clean=False, sync=True)
         return self._store, self._sealer
+
+    def _skip_damaged_commits(self, store: Store, tip: Tip) -> None:
+        """Use no seq again of commits that the WAL shows to have been, and that can be read no more."""
+        beyond = store.committed_beyond(tip.head)
+        if beyond is not None:
+            log.error(
+                "journal %s: WAL damaged; records %d to %d were committed and cannot be read; a gap event names them",
+                self._path, tip.head + 1, beyond.last,
+            )  # fmt: skip
+            self._waiting.insert(0, Lost(beyond.last - tip.head, "damaged", beyond.link))
 
     def _make_sure(self, store: Store) -> None:
         """Have all that the WAL holds written once more: after a sync that failed the kernel takes it for written.
@@ -272,7 +283,8 @@ class Writer:
                 tip = Tip(mark.head, bytes.fromhex(mark.digest))
                 self._damages.append(Damage(store.stream, str(error), newest.seq, newest.seq))
         if mark is None:
-            return tip, ""
+            gone = tip.head and not self._mark.path.exists()
+            return tip, "no mark is beside it, as with a copy that was put back" if gone else ""
         if mark.stream != store.stream:
             return tip, f"the mark beside it is of stream {mark.stream}" if tip.head else ""
         if mark.head > tip.head or (mark.head == tip.head and mark.digest != tip.digest.hex()):
@@ -374,6 +386,8 @@ class Writer:
             rows, doomed=doom.ranges, acked=acked, spans=spans, wear=self._odometer.due(store.take_fsyncs),
             end_to_end=self._settled.end_to_end,
         )  # fmt: skip
+        if not self.head:  # a stream's first: that it began must be known before anybody hears of it
+            self._mark.write(Mark(self.stream, sealer.head, sealer.digest.hex(), clean=False), sync=True)
         self._unsure = None
         self._durable(unsure)
         self._checkpoint(store)
@@ -396,8 +410,7 @@ class Writer:
             *groups,
         ]:
             if isinstance(made, Lost):
-                digest = sealer.digest
-                gaps.append(Loss(*sealer.skip(made.count), digest, [], "full"))
+                gaps.append(Loss(*sealer.skip(made.count, made.link), sealer.digest, [], made.reason))
                 (made,) = self._grouped([_gap(gaps[-1])])
             sealed.append(_Sealed(*sealer.seal(made), made.first_ts, made.last_ts))
         return sealed, gaps
