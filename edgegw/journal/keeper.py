@@ -221,6 +221,16 @@ class Keeper:
 
     # -- damage ------------------------------------------------------------------------------------------
 
+    def confirmed(self, store: Store, damages: Sequence[Damage]) -> list[Damage]:
+        """Read what a reader found damaged once more, and return what is: a single misread must not cost a batch."""
+        found = []
+        for damage in damages:
+            if store.sound(damage.first, damage.last):
+                log.warning("journal: %s; read once more it is sound", damage.detail)
+            else:
+                found.append(damage)
+        return found
+
     def condemned(self, store: Store, sealer: Sealer, damages: Sequence[Damage]) -> Doom:
         """Give up what was found damaged: all up to the next sound batch, which also tells the last one's hash."""
         settled = self._settled.copy()

@@ -6,6 +6,7 @@ older versions can corrupt a WAL database that has two connections.
 """
 
 import hashlib
+import re
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -357,6 +358,27 @@ class Store:
             raise JournalDamaged(f"journal {self.path}: the batch at {seq} is not there")
         return found[0]
 
+    def sound(self, first: int, last: int) -> bool:
+        """Tell whether batches that give their hashes hold each seq of `first` to `last`, as the disk has it now."""
+        with _mapped(self.path, "read"):
+            self._open.release_memory()
+        while first <= last:
+            with _mapped(self.path, "read"):
+                found = _batches(
+                    self._open, self.stream, "seq BETWEEN ? AND ? ORDER BY seq LIMIT 64", (first, last)
+                )
+            if not found:
+                return False
+            for batch in found:
+                try:
+                    unpack(batch)
+                except JournalDamaged:
+                    return False
+                if batch.seq != first:
+                    return False
+                first = batch.last + 1
+        return True
+
     def pending_batches(self, settled: Ranges, head: int) -> int:
         """Count the batches that are not settled."""
         with _mapped(self.path, "read"):
@@ -608,6 +630,30 @@ def set_aside(path: Path, stamp: str) -> Path:
     except OSError as error:
         raise JournalError(f"journal {path}: cannot be set aside as {aside}: {error.strerror}") from error
     return aside
+
+
+def delete_set_aside(path: Path, keep: int, max_bytes: int) -> list[str]:
+    """Delete files that were set aside beside a journal, but for the newest `keep` and no more than `max_bytes` of
+    them; return the names of those deleted. The newest always stays."""
+    aside = sorted(
+        file for file in path.parent.glob(f"{path.name}.*Z") if _ASIDE.fullmatch(file.name[len(path.name) :])
+    )
+    deleted: list[str] = []
+    total = 0
+    for number, file in enumerate(reversed(aside)):
+        logs = [
+            log for suffix in ("-wal", "-journal") if (log := file.with_name(file.name + suffix)).exists()
+        ]
+        with suppress(OSError):
+            total += sum(one.stat().st_size for one in (file, *logs))
+            if number and (number >= keep or total > max_bytes):
+                for one in (*logs, file):
+                    one.unlink()
+                deleted.append(file.name)
+    return deleted
+
+
+_ASIDE = re.compile(r"\.\d{8}T\d{12}Z")
 
 
 def _wal(path: Path) -> Path:

@@ -28,7 +28,17 @@ from edgegw.journal.mark import Mark, MarkFile
 from edgegw.journal.retention import Doom, Loss
 from edgegw.journal.settled import Settled
 from edgegw.journal.spanner import Spanner
-from edgegw.journal.store import PAGE, Row, Span, Store, Tip, ballast_bytes, set_aside, unpack
+from edgegw.journal.store import (
+    PAGE,
+    Row,
+    Span,
+    Store,
+    Tip,
+    ballast_bytes,
+    delete_set_aside,
+    set_aside,
+    unpack,
+)
 from edgegw.journal.succession import Left
 from edgegw.journal.wear import Odometer
 
@@ -40,6 +50,8 @@ TRANSACTION_BYTES = 2 * 1024**2
 """Encoded records in one transaction, at most; less where half the WAL's share is less."""
 ACKED_EVERY_S = 10.0
 """How often what is settled is written down: each time costs a page, and a loss only means sending again."""
+KEEP_ASIDE = 2
+"""Files set aside that stay, at most, and no more than `max_size` of them in all."""
 RETRY_S = 1.0
 PRUNE_S = 0.1
 """How long a turn prunes because it was asked to."""
@@ -148,8 +160,7 @@ class Writer:
                 step()
             except JournalDamaged as error:
                 self._failed(error)
-                self._replace("damaged", str(error))
-                step()
+                self._try_again(step)
         except JournalError as error:
             self._failed(error)
             self._headroom.squeezed(full=isinstance(error, JournalFull))
@@ -163,6 +174,15 @@ class Writer:
                 log.warning("journal: back after %d failures, %.0f s", self._failures, down_s)
             self._failures = 0
             self.error = None
+
+    def _try_again(self, step: Callable[[], object]) -> None:
+        """Set the file aside only if it is damaged, too, when it is opened and checked anew: a misread is not."""
+        try:
+            step()
+        except JournalDamaged as error:
+            self._failed(error)
+            self._replace("damaged", str(error))
+            step()
 
     def _failed(self, error: JournalError) -> None:
         if not self._failures:
@@ -185,6 +205,7 @@ class Writer:
         stamp = datetime.fromtimestamp(clock.wall_ms() / 1000, UTC).strftime("%Y%m%dT%H%M%S%fZ")
         left = self._left(self._mark.read())
         aside = set_aside(self._path, stamp)
+        deleted = delete_set_aside(self._path, KEEP_ASIDE, self._config.max_size)
         log.error(
             "journal %s: %s (%s); set aside as %s, a new stream begins",
             self._path,
@@ -192,7 +213,11 @@ class Writer:
             detail,
             aside.name,
         )
-        self._begin_with(left, reason, {"set_aside": aside.name})
+        if deleted:
+            log.warning(
+                "journal %s: deleted older files that were set aside: %s", self._path, ", ".join(deleted)
+            )
+        self._begin_with(left, reason, {"set_aside": aside.name, **({"deleted": deleted} if deleted else {})})
         self._damages = []
 
     def _left(self, mark: Mark | None) -> dict[str, Left]:
@@ -298,7 +323,9 @@ class Writer:
         self._headroom.look(store)
         self._take()
         if self._damages:
-            self._commit(store, sealer, [], self._keeper.condemned(store, sealer, self._damages))
+            doom = self._keeper.condemned(store, sealer, self._keeper.confirmed(store, self._damages))
+            if doom.ranges:
+                self._commit(store, sealer, [], doom)
             self._damages = []
         expired = self._keeper.expired(store, self._odometer.run_ms)
         while self._waiting or expired.ranges or not sealer.head:
