@@ -23,6 +23,7 @@ from edgegw.errors import ConfigError, JournalError, NotConnected
 from edgegw.journal import tending
 from edgegw.journal.journal import Journal
 from edgegw.journal.writer import Committed
+from edgegw.runtime import presence
 from edgegw.runtime.lock import held
 from edgegw.runtime.notify import Notifier
 from edgegw.runtime.supervisor import Supervisor
@@ -85,6 +86,8 @@ class Gateway:
         self._services.start("uplink", self._uplink.run)
         self._services.start("control", self._control.run)
         self._services.start("hand", self._hand.run)
+        here = {"gateway": self._config.gateway.id, "journal": str(self._journal.path.absolute())}
+        self._services.start("presence", lambda: presence.announce(self._config_path, here))
         self._services.start("windows", self._windows.run)
         for name, scanner in self._scanners.items():
             self._services.start(f"device.{name}", scanner.run)
