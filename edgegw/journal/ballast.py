@@ -85,7 +85,7 @@ class Headroom:
             return  # it is our own limit, or something else
         if not self.confined:
             log.error(
-                "journal: the ballast is given back; until there is room again old batches go for new ones"
+                "journal: the disk is full; the ballast is given back; once that is used up old batches go for new ones"
             )
         self._ballast.give()
         self.confined = True
@@ -112,7 +112,7 @@ class Headroom:
         self._looked_s = clock.mono_s()
         if not self._ballast.hold():
             if not self.confined:
-                log.error("journal: the disk is nearly full; until there is room old batches go for new ones")
+                log.error("journal: the disk is nearly full; what is left is used up, then old batches go for new ones")
             store.confine()
             self.confined = True
         elif self.confined:
