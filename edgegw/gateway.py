@@ -11,9 +11,9 @@ from edgegw.config.load import journal_path
 from edgegw.config.schema import AnyDevice, Config
 from edgegw.control.build import load_with_rules
 from edgegw.control.controller import Controller
-from edgegw.control.engine import Plant
 from edgegw.control.hand import HandService
 from edgegw.control.memory import MemoryFile
+from edgegw.control.plant import Plant
 from edgegw.domain.command import Reply
 from edgegw.domain.image import Image
 from edgegw.domain.record import Event, Record

@@ -7,10 +7,12 @@ from typing import Any
 import msgspec
 
 from edgegw.config.schema import Config
-from edgegw.control import commands, engine
+from edgegw.control import commands, engine, state
 from edgegw.control.build import build
-from edgegw.control.engine import Cycle, Memo, Plant, State
+from edgegw.control.engine import Cycle, Memo
+from edgegw.control.plant import Plant
 from edgegw.control.rule import LinkState
+from edgegw.control.state import State
 from edgegw.domain.image import Latest
 from edgegw.domain.tag import Scalar, Value
 
@@ -74,7 +76,7 @@ class Site:
         self.held: set[str] = set()
         self.due_s: float | None = None
         self.memo = Memo(made)
-        self.state = engine.restored(State(), made, self.now_s, saved_s=self.now_s, same_boot=True)
+        self.state = state.restored(State(), made, self.now_s, saved_s=self.now_s, same_boot=True)
         self.written: list[tuple[float, str, Scalar, Scalar | None]] = []
         """When, what, the new value and the one that the setpoint was known to hold."""
 
@@ -134,10 +136,10 @@ class Site:
             lines.append(f"write {setpoint} {shown(old)} -> {shown(value)} by {cause}")
             self.written.append((self.at_s, setpoint, value, old))
             if setpoint in self.broken:
-                self.state = engine.failed(self.state, setpoint, self.now_s)
+                self.state = state.failed(self.state, setpoint, self.now_s)
                 lines.append(f"unconfirmed {setpoint}")
             else:
-                self.state = engine.confirmed(self.state, setpoint, self.now_s)
+                self.state = state.confirmed(self.state, setpoint, self.now_s)
                 self.values[setpoint] = value
         return lines
 
@@ -145,7 +147,7 @@ class Site:
         """Give a command its setpoints, as the controller does; return why not, if not."""
         kinds = {at: self.plant.limits[at].kind for at in write}
         writes = {at: commands.as_number(value, kinds[at]) for at, value in write.items()}
-        given = engine.command(self.state, name, writes, lease_s, self.now_s)
+        given = state.command(self.state, name, writes, lease_s, self.now_s)
         no = engine.objection(self.plant, given, f"command:{name}", writes, self.image, self.link, self.now_s)
         if no is not None:
             return [f"no {name}: {no}"]
@@ -158,7 +160,7 @@ class Site:
         if reboot:
             self.base_s = 5.0 - self.at_s
         self.image, self.memo, self.due_s = {}, Memo(self.plant), None
-        self.state = engine.restored(
+        self.state = state.restored(
             msgspec.json.decode(memory, type=State), self.plant, self.now_s,
             saved_s=saved_s, same_boot=not reboot,
         )  # fmt: skip

@@ -8,9 +8,9 @@ from edgegw.config.load import Problem, load
 from edgegw.config.schema import STALE_PERIODS, Config, Guard, ModbusTag, OpcUaTag
 from edgegw.config.schema import Rule as RuleConfig
 from edgegw.config.schema import Window as WindowConfig
-from edgegw.control.engine import Plant
 from edgegw.control.expression import Expression, did_you_mean
 from edgegw.control.guard import Limits, check
+from edgegw.control.plant import Plant
 from edgegw.control.rule import Rule
 
 if TYPE_CHECKING:

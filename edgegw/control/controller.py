@@ -13,10 +13,13 @@ from typing import Any, Protocol
 import msgspec
 
 from edgegw import clock
-from edgegw.control import commands, engine
-from edgegw.control.engine import Cycle, Planned, Plant, State
+from edgegw.control import commands, engine, state
+from edgegw.control.engine import Cycle, Planned
+from edgegw.control.guard import same
 from edgegw.control.memory import Memory, MemoryFile, decode
+from edgegw.control.plant import Plant
 from edgegw.control.rule import LinkState
+from edgegw.control.state import State
 from edgegw.domain.command import Replay, ReplayCommand, Reply, WriteCommand
 from edgegw.domain.image import Image
 from edgegw.domain.record import Event, Record
@@ -171,7 +174,7 @@ class Controller:
         """Have what must survive saved within SAVE_S, if it has changed or a timer runs."""
         if self._saving is not None or self._leaving:
             return
-        if self._lasting() != self._saved or engine.counting(self._timed, self.state, clock.mono_s()):
+        if self._lasting() != self._saved or state.counting(self._timed, self.state, clock.mono_s()):
             self._saving = asyncio.get_running_loop().call_later(SAVE_S, self._save_now)
 
     def _save_now(self) -> None:
@@ -203,9 +206,7 @@ class Controller:
         else:
             outcome["read"] = found
             resolution = self._plant.limits[planned.setpoint].resolution
-            if not isinstance(found, bool | int | float | str) or not engine.same(
-                found, planned.value, resolution
-            ):
+            if not isinstance(found, bool | int | float | str) or not same(found, planned.value, resolution):
                 error = "read-back"
         finally:
             self._busy.pop(planned.setpoint, None)
@@ -213,7 +214,7 @@ class Controller:
         outcome |= {"ok": error is None} | ({"error": error} if error else {})
         if not in_time:
             outcome["late"] = True  # the act went first: the entry of the intent was not yet durable
-        note = engine.failed if error else engine.confirmed
+        note = state.failed if error else state.confirmed
         self.state = note(self.state, planned.setpoint, clock.mono_s())
         self._ledger.append(Event(clock.wall_ms(), "write", outcome))
         return error
@@ -311,7 +312,7 @@ class Controller:
         """Return the state in which the command holds its setpoints."""
         kinds = {setpoint: self._plant.limits[setpoint].kind for setpoint in asked.writes}
         writes = {at: commands.as_number(value, kinds[at]) for at, value in asked.writes.items()}
-        return engine.command(self.state, asked.id, writes, asked.lease_s, clock.mono_s())
+        return state.command(self.state, asked.id, writes, asked.lease_s, clock.mono_s())
 
     def show(self, setpoint: str) -> dict[str, Any]:
         """Return what is known of a tag, for a hand at the gateway: its value and who has it."""
@@ -341,7 +342,7 @@ class Controller:
         boot, now_s = clock.boot_id(), clock.mono_s()
         known = decode(memory) or Memory(boot, State(), {}, now_s)
         self._done = known.done
-        self.state = engine.restored(
+        self.state = state.restored(
             known.state, self._plant, now_s, saved_s=known.saved_s, same_boot=known.boot == boot,
             reload=self._memory.in_process,
         )  # fmt: skip

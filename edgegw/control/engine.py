@@ -5,59 +5,20 @@ waits or touches a device. The controller runs it on the plant, `rules test` on 
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from math import inf, isclose, nextafter
+from math import inf, nextafter
 from typing import Any, NamedTuple
 
 from edgegw.control import arbiter
 from edgegw.control.arbiter import Demand
 from edgegw.control.expression import activation
-from edgegw.control.guard import History, Limits, Refuse, Wait, check, guard, pace_s
+from edgegw.control.guard import History, Refuse, Wait, check, guard, pace_s, same
+from edgegw.control.plant import Plant
 from edgegw.control.rule import LinkState, Rule, RuleState, judge
+from edgegw.control.state import Farewell, Refusal, State
 from edgegw.domain import quality
 from edgegw.domain.command import HAND
 from edgegw.domain.image import Latest
 from edgegw.domain.tag import Scalar
-
-RETRY_S = 1.0
-"""How soon a write that could not be confirmed may be tried again, by the next cycle's decision."""
-
-
-class Lease(NamedTuple):
-    """A command's hold on a setpoint: until a moment, or (None) until another command or an islanded link."""
-
-    command: str
-    value: Scalar
-    until_s: float | None
-
-
-class Farewell(NamedTuple):
-    """A last value that a setpoint is still to reach: a rule's `finally`, or `safe`."""
-
-    owner: str
-    value: Scalar
-    cause: str
-    priority: int
-
-
-class Refusal(NamedTuple):
-    """What the guard last said no to: whom, which limit, and why."""
-
-    owner: str
-    limit: str
-    reason: str
-
-
-class State(NamedTuple):
-    """All that control remembers from one cycle to the next; `began_s` is when it took up its work."""
-
-    rules: Mapping[str, RuleState] = {}
-    leases: Mapping[str, Lease] = {}
-    farewells: Mapping[str, Farewell] = {}
-    owners: Mapping[str, str] = {}
-    histories: Mapping[str, History] = {}
-    refusals: Mapping[str, Refusal] = {}
-    retry_s: Mapping[str, float] = {}
-    began_s: float = -inf
 
 
 class Planned(NamedTuple):
@@ -77,16 +38,6 @@ class Cycle(NamedTuple):
     events: list[tuple[str, dict[str, Any]]]
     due_s: float | None
     """When the next cycle must be, if nothing happens before."""
-
-
-class Plant(NamedTuple):
-    """What the engine knows of the site: rules, limits, how long each device's readings are good for."""
-
-    rules: tuple[Rule, ...]
-    limits: Mapping[str, Limits]
-    stale_after_s: Mapping[str, float]
-    rule_stale_after_s: Mapping[str, float]
-    hand_back: str
 
 
 DUE_MARGIN_S = 0.002
@@ -379,43 +330,6 @@ class _Step:
         self.refusals[demand.setpoint] = Refusal(demand.owner, *refuse)
 
 
-def same(present: Scalar | None, wanted: Scalar, resolution: float = 0.0) -> bool:
-    """Tell whether a setpoint holds what is wanted, as closely as single precision and its register can."""
-    if (
-        isinstance(present, bool)
-        or isinstance(wanted, bool)
-        or isinstance(present, str)
-        or isinstance(wanted, str)
-    ):
-        return type(present) is type(wanted) and present == wanted
-    nearest = max(1e-6, 0.5 * resolution * (1.0 + 1e-6))
-    return present is not None and isclose(present, wanted, rel_tol=1e-6, abs_tol=nearest)
-
-
-def failed(state: State, setpoint: str, now_s: float) -> State:
-    """Note that a write was not confirmed: what the setpoint holds is not known until it is read again."""
-    history = state.histories.get(setpoint, History())._replace(value=None, since_s=now_s)
-    return state._replace(
-        histories={**state.histories, setpoint: history}, retry_s={**state.retry_s, setpoint: now_s + RETRY_S}
-    )
-
-
-def confirmed(state: State, setpoint: str, now_s: float) -> State:
-    """Note that a write was read back: what was read of the setpoint until now is older than that."""
-    history = state.histories[setpoint]._replace(since_s=now_s)
-    return state._replace(histories={**state.histories, setpoint: history})
-
-
-def command(
-    state: State, name: str, writes: Mapping[str, Scalar], lease_s: float | None, now_s: float
-) -> State:
-    """Return the state in which a command has its hold on setpoints."""
-    until_s = None if lease_s is None else now_s + lease_s
-    return state._replace(
-        leases={**state.leases, **{at: Lease(name, value, until_s) for at, value in writes.items()}}
-    )
-
-
 def objection(
     plant: Plant, given: State, owner: str, setpoints: Iterable[str], image: Mapping[str, Latest],
     link: LinkState, now_s: float, *, busy: frozenset[str] = frozenset(),
@@ -429,51 +343,3 @@ def objection(
         if refusal is not None and refusal.owner == owner:
             return f"{setpoint}: {refusal.reason}"
     return None
-
-
-def counting(timed: Iterable[Rule], state: State, now_s: float) -> bool:
-    """Tell whether the `for` of one of these rules is running: how far it has come is part of what must survive."""
-    begun = ((rule, state.rules.get(rule.name, RuleState()).true_since_s) for rule in timed)
-    return any(since_s is not None and now_s - since_s < rule.for_s for rule, since_s in begun)
-
-
-def restored(
-    state: State, plant: Plant, now_s: float, *, saved_s: float, same_boot: bool, reload: bool = False
-) -> State:
-    """Return the state after a restart (or a mere reload), from the one that was saved at `saved_s`.
-
-    Every rule counts as just switched. A `for` goes on where it was, the time between not counted; a `hold` counts
-    it. A setpoint is read before it is written. After a reboot the monotonic clock has begun anew: leases are over,
-    and the writes of the last hour count as made now. What a rule held that is no more goes to `safe`.
-    """
-    known = {at for at, limits in plant.limits.items() if limits.writable}
-    shift_s = now_s - saved_s
-    rules = {}
-    for rule in plant.rules:
-        was = state.rules.get(rule.name, RuleState())
-        undecided_s = _shifted(was.undecided_since_s, 0.0 if same_boot else shift_s)
-        rules[rule.name] = RuleState(was.active, now_s, _shifted(was.true_since_s, shift_s), undecided_s)
-    histories = {
-        at: history._replace(value=history.value if reload else None)
-        if same_boot
-        else History(None, now_s, (now_s,) * len(history.hour))
-        for at, history in state.histories.items()
-        if at in known and history.at_s is not None
-    }
-    leases = {
-        at: lease if same_boot or lease.until_s is None else lease._replace(until_s=now_s)
-        for at, lease in state.leases.items()
-        if at in known
-    }
-    farewells = {at: farewell for at, farewell in state.farewells.items() if at in known}
-    owners = {at: owner for at, owner in state.owners.items() if at in known}
-    for at, owner in owners.items():
-        kind, _, name = owner.partition(":")
-        safe = plant.limits[at].safe
-        if kind == "rule" and name not in rules and safe is not None:
-            farewells.setdefault(at, Farewell("failsafe", safe, "failsafe", 0))
-    return State(rules, leases, farewells, owners, histories, began_s=now_s)
-
-
-def _shifted(moment_s: float | None, shift_s: float) -> float | None:
-    return None if moment_s is None else moment_s + shift_s

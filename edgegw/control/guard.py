@@ -1,6 +1,6 @@
 """The guard: the one way to any device. It decides whether, when and how far a setpoint may move."""
 
-from math import isfinite
+from math import isclose, isfinite
 from typing import NamedTuple
 
 from edgegw.domain.tag import Scalar
@@ -85,6 +85,19 @@ def check(limits: Limits, wanted: object) -> Refuse | None:
     if limits.max is not None and wanted > limits.max:
         return Refuse("max", f"{wanted:g} is above max {limits.max:g}")
     return None
+
+
+def same(present: Scalar | None, wanted: Scalar, resolution: float = 0.0) -> bool:
+    """Tell whether a setpoint holds what is wanted, as closely as single precision and its register can."""
+    if (
+        isinstance(present, bool)
+        or isinstance(wanted, bool)
+        or isinstance(present, str)
+        or isinstance(wanted, str)
+    ):
+        return type(present) is type(wanted) and present == wanted
+    nearest = max(1e-6, 0.5 * resolution * (1.0 + 1e-6))
+    return present is not None and isclose(present, wanted, rel_tol=1e-6, abs_tol=nearest)
 
 
 def _finite(wanted: float) -> bool:

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import msgspec
 
 from edgegw import clock
-from edgegw.control import engine
+from edgegw.control import state
 from edgegw.control.commands import COMMAND_BYTES
 from edgegw.control.controller import COMMAND_PATIENCE_S, Ledger
-from edgegw.control.engine import Plant, State
-from edgegw.control.guard import History, Refuse, Wait, Write, guard
+from edgegw.control.guard import History, Refuse, Wait, Write, guard, same
 from edgegw.control.memory import Memory, MemoryFile, decode
+from edgegw.control.plant import Plant
+from edgegw.control.state import State
 from edgegw.domain.command import HAND, Reply
 from edgegw.domain.image import Image
 from edgegw.domain.record import Event
@@ -187,7 +188,7 @@ async def write_alone(
     except DeviceError as failure:
         error = str(failure)
     else:
-        if not isinstance(found, bool | int | float | str) or not engine.same(
+        if not isinstance(found, bool | int | float | str) or not same(
             found, verdict.value, limits.resolution
         ):
             error = f"{setpoint}: wrote {verdict.value!r}, and it reads back as {found!r}"
@@ -199,10 +200,10 @@ async def write_alone(
 def _remembered(plant: Plant, setpoint: str, memory: MemoryFile) -> tuple[Memory, History]:
     """Return what control remembers, and the setpoint's history in times of this boot."""
     boot, now_s = clock.boot_id(), clock.mono_s()
-    begin = engine.restored(State(), plant, now_s, saved_s=now_s, same_boot=True)
+    begin = state.restored(State(), plant, now_s, saved_s=now_s, same_boot=True)
     known = decode(memory.load()) or Memory(boot, begin, {}, now_s)
-    state = engine.restored(known.state, plant, now_s, saved_s=known.saved_s, same_boot=known.boot == boot)
-    return known, state.histories.get(setpoint, History())
+    since = state.restored(known.state, plant, now_s, saved_s=known.saved_s, same_boot=known.boot == boot)
+    return known, since.histories.get(setpoint, History())
 
 
 def _said(verdict: Refuse | Wait, now_s: float) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from edgegw.control.engine import State
+from edgegw.control.state import State
 
 log = logging.getLogger(__name__)
 

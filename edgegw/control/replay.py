@@ -7,10 +7,12 @@ is as recorded: how the site would have answered is not known.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from edgegw.control import engine
-from edgegw.control.engine import Memo, Plant, State
+from edgegw.control import engine, state
+from edgegw.control.engine import Memo
+from edgegw.control.plant import Plant
 from edgegw.control.recording import Moment
 from edgegw.control.rule import LinkState
+from edgegw.control.state import State
 from edgegw.domain.image import Image
 from edgegw.domain.record import Scan
 from edgegw.domain.tag import Scalar, Value
@@ -91,7 +93,7 @@ class Replay:
         self._link: LinkState = link
         self._image = Image()
         self._memo = Memo(plant)
-        self._state = engine.restored(State(), plant, BEGAN_S, saved_s=BEGAN_S, same_boot=True)
+        self._state = state.restored(State(), plant, BEGAN_S, saved_s=BEGAN_S, same_boot=True)
         self._now_s = BEGAN_S
         self._due_s: float | None = None
         self._shift_ms: int | None = None
@@ -171,7 +173,7 @@ class Replay:
             for name, fields in cycle.events:
                 self._note(name, fields)
             for planned in cycle.writes:
-                self._state = engine.confirmed(self._state, planned.setpoint, self._now_s)
+                self._state = state.confirmed(self._state, planned.setpoint, self._now_s)
                 self._kept[planned.setpoint] = planned.value
                 self.setpoints[planned.setpoint].wrote(planned.value, planned.cause)
                 self.setpoints[planned.setpoint].holds(self._ts(), planned.value)

@@ -1,0 +1,17 @@
+"""The plant as control knows it: its rules, its setpoints' limits, and how long its readings are good for."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from edgegw.control.guard import Limits
+from edgegw.control.rule import Rule
+
+
+class Plant(NamedTuple):
+    """What the engine knows of the site: rules, limits, how long each device's readings are good for."""
+
+    rules: tuple[Rule, ...]
+    limits: Mapping[str, Limits]
+    stale_after_s: Mapping[str, float]
+    rule_stale_after_s: Mapping[str, float]
+    hand_back: str

@@ -1,0 +1,123 @@
+"""What control remembers from one cycle to the next, and how commands, outcomes and restarts change it. Pure."""
+
+from collections.abc import Iterable, Mapping
+from math import inf
+from typing import NamedTuple
+
+from edgegw.control.guard import History
+from edgegw.control.plant import Plant
+from edgegw.control.rule import Rule, RuleState
+from edgegw.domain.tag import Scalar
+
+RETRY_S = 1.0
+"""How soon a write that could not be confirmed may be tried again, by the next cycle's decision."""
+
+
+class Lease(NamedTuple):
+    """A command's hold on a setpoint: until a moment, or (None) until another command or an islanded link."""
+
+    command: str
+    value: Scalar
+    until_s: float | None
+
+
+class Farewell(NamedTuple):
+    """A last value that a setpoint is still to reach: a rule's `finally`, or `safe`."""
+
+    owner: str
+    value: Scalar
+    cause: str
+    priority: int
+
+
+class Refusal(NamedTuple):
+    """What the guard last said no to: whom, which limit, and why."""
+
+    owner: str
+    limit: str
+    reason: str
+
+
+class State(NamedTuple):
+    """All that control remembers from one cycle to the next; `began_s` is when it took up its work."""
+
+    rules: Mapping[str, RuleState] = {}
+    leases: Mapping[str, Lease] = {}
+    farewells: Mapping[str, Farewell] = {}
+    owners: Mapping[str, str] = {}
+    histories: Mapping[str, History] = {}
+    refusals: Mapping[str, Refusal] = {}
+    retry_s: Mapping[str, float] = {}
+    began_s: float = -inf
+
+
+def failed(state: State, setpoint: str, now_s: float) -> State:
+    """Note that a write was not confirmed: what the setpoint holds is not known until it is read again."""
+    history = state.histories.get(setpoint, History())._replace(value=None, since_s=now_s)
+    return state._replace(
+        histories={**state.histories, setpoint: history}, retry_s={**state.retry_s, setpoint: now_s + RETRY_S}
+    )
+
+
+def confirmed(state: State, setpoint: str, now_s: float) -> State:
+    """Note that a write was read back: what was read of the setpoint until now is older than that."""
+    history = state.histories[setpoint]._replace(since_s=now_s)
+    return state._replace(histories={**state.histories, setpoint: history})
+
+
+def command(
+    state: State, name: str, writes: Mapping[str, Scalar], lease_s: float | None, now_s: float
+) -> State:
+    """Return the state in which a command has its hold on setpoints."""
+    until_s = None if lease_s is None else now_s + lease_s
+    return state._replace(
+        leases={**state.leases, **{at: Lease(name, value, until_s) for at, value in writes.items()}}
+    )
+
+
+def counting(timed: Iterable[Rule], state: State, now_s: float) -> bool:
+    """Tell whether the `for` of one of these rules is running: how far it has come is part of what must survive."""
+    begun = ((rule, state.rules.get(rule.name, RuleState()).true_since_s) for rule in timed)
+    return any(since_s is not None and now_s - since_s < rule.for_s for rule, since_s in begun)
+
+
+def restored(
+    state: State, plant: Plant, now_s: float, *, saved_s: float, same_boot: bool, reload: bool = False
+) -> State:
+    """Return the state after a restart (or a mere reload), from the one that was saved at `saved_s`.
+
+    Every rule counts as just switched. A `for` goes on where it was, the time between not counted; a `hold` counts
+    it. A setpoint is read before it is written. After a reboot the monotonic clock has begun anew: leases are over,
+    and the writes of the last hour count as made now. What a rule held that is no more goes to `safe`.
+    """
+    known = {at for at, limits in plant.limits.items() if limits.writable}
+    shift_s = now_s - saved_s
+    rules = {}
+    for rule in plant.rules:
+        was = state.rules.get(rule.name, RuleState())
+        undecided_s = _shifted(was.undecided_since_s, 0.0 if same_boot else shift_s)
+        rules[rule.name] = RuleState(was.active, now_s, _shifted(was.true_since_s, shift_s), undecided_s)
+    histories = {
+        at: history._replace(value=history.value if reload else None)
+        if same_boot
+        else History(None, now_s, (now_s,) * len(history.hour))
+        for at, history in state.histories.items()
+        if at in known and history.at_s is not None
+    }
+    leases = {
+        at: lease if same_boot or lease.until_s is None else lease._replace(until_s=now_s)
+        for at, lease in state.leases.items()
+        if at in known
+    }
+    farewells = {at: farewell for at, farewell in state.farewells.items() if at in known}
+    owners = {at: owner for at, owner in state.owners.items() if at in known}
+    for at, owner in owners.items():
+        kind, _, name = owner.partition(":")
+        safe = plant.limits[at].safe
+        if kind == "rule" and name not in rules and safe is not None:
+            farewells.setdefault(at, Farewell("failsafe", safe, "failsafe", 0))
+    return State(rules, leases, farewells, owners, histories, began_s=now_s)
+
+
+def _shifted(moment_s: float | None, shift_s: float) -> float | None:
+    return None if moment_s is None else moment_s + shift_s
