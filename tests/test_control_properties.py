@@ -2,6 +2,7 @@
 
 import itertools
 from collections import defaultdict
+from math import inf
 from typing import Any
 
 import pytest
@@ -152,6 +153,8 @@ ACTS = st.one_of(
     st.tuples(st.just("broken"), st.sets(st.sampled_from(["out.ramped", "out.stepped", "out.relay"]))),
     st.tuples(st.just("command"), st.sampled_from(["out.ramped", "out.stepped", "out.free"]), NUMBERS),
     st.tuples(st.just("mute"), st.sampled_from(["src", "out"])),
+    st.tuples(st.just("away"), st.booleans(), NUMBERS),
+    st.tuples(st.just("booted")),
     st.tuples(st.just("restart"), st.booleans()),
 )
 STORY = st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.5, 1.0, 5.0, 60.0]), ACTS), max_size=40)
@@ -187,10 +190,12 @@ def test_p8_whatever_happens_to_a_site_its_setpoints_are_written_within_their_li
     site.values["out.relay"] = False
     lines: list[str] = []
     at_s = 0.0
+    unread = False
     for number, (pause_s, act) in enumerate(story):
         at_s += pause_s
         lines += site.until(at_s)
-        mute = perform(site, number, act)
+        unread = act[0] in ("away", "booted") or (unread and act[0] == "mute")
+        mute = perform(site, number, act) | ({"out"} if unread else set())
         for device in {"src", "out"} - mute:
             site.scan(device)
         lines += site.cycles()
@@ -217,6 +222,17 @@ def perform(site: Site, number: int, act: Any) -> set[str]:
                 site.command(f"c{number}", {name: value}, 3.0 if number % 2 else None)
         case ("mute", device):
             return {device}
+        case ("away", noticed, value):  # it comes back as it likes: at values of its own, and answers writes
+            site.away = {"out"} if value < 0.0 else set()
+            site.values |= {"out.ramped": value / 2.0, "out.stepped": abs(value), "out.free": value}
+            if noticed or site.image.devices.get("out") is None:
+                site.lose("out")
+            else:  # a scan that hangs
+                site.image.devices["out"] = site.image.devices["out"]._replace(
+                    at_s=-inf, seen_s=-inf, held=False
+                )
+        case ("booted",):
+            site.away = set()
         case ("restart", reboot):
             site.restart(site.now_s, reboot=reboot)
     return set()

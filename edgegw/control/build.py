@@ -60,7 +60,8 @@ def build(config: Config) -> tuple[Plant, Problems]:
     stale = {name: STALE_PERIODS * device.every.s for name, device in config.device.items()}
     stale |= {name: STALE_PERIODS * window.period.s for name, window in config.window.items()}
     own = {name: rule.stale_after.s for name, rule in config.rule.items() if rule.stale_after is not None}
-    return Plant(tuple(rules), limits, stale, own, config.uplink.hand_back), problems
+    overdue = {name: stale[name] + 2 * device.timeout.s for name, device in config.device.items()}
+    return Plant(tuple(rules), limits, stale, own, config.uplink.hand_back, overdue), problems
 
 
 def _odd_window(name: str, window: WindowConfig, config: Config) -> Problems:

@@ -18,6 +18,7 @@ from edgegw.control.engine import Cycle, Planned
 from edgegw.control.guard import same
 from edgegw.control.memory import Memory, MemoryFile, decode
 from edgegw.control.plant import Plant
+from edgegw.control.present import present
 from edgegw.control.rule import LinkState
 from edgegw.control.state import State
 from edgegw.domain.command import Replay, ReplayCommand, Reply, WriteCommand
@@ -317,14 +318,17 @@ class Controller:
     def show(self, setpoint: str) -> dict[str, Any]:
         """Return what is known of a tag, for a hand at the gateway: its value and who has it."""
         device, _, tag = setpoint.partition(".")
-        latest, history = self._image.devices.get(device), self.state.histories.get(setpoint)
-        shown: dict[str, Any] = {"value": None, "quality": "bad:not-read"}
-        if latest is not None and tag in latest.values:
-            shown = {"value": latest.values[tag], "quality": latest.quality.get(tag)}
-        since_s = history.since_s or 0.0 if history is not None and history.value is not None else None
-        if history is not None and since_s is not None and (latest is None or latest.at_s <= since_s):
-            shown = {"value": history.value, "quality": None}  # written since it was read
-        return {**shown, "owner": self.state.owners.get(setpoint)}
+        image, now_s = self._image.devices, clock.mono_s()
+        latest = image.get(device)
+        value: Value = present(self._plant, self.state.histories, image, setpoint, now_s)
+        quality = None
+        if latest is None:
+            quality = "bad:not-read" if value is None else None
+        elif not latest.answering(now_s, self._plant.overdue_after_s[device]):
+            quality = "bad:stale"
+        elif value is None or value == latest.values.get(tag):
+            value, quality = latest.values.get(tag), latest.quality.get(tag)
+        return {"value": value, "quality": quality, "owner": self.state.owners.get(setpoint)}
 
     # -- memory ------------------------------------------------------------------------------------------
 

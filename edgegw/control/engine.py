@@ -13,9 +13,9 @@ from edgegw.control.arbiter import Demand
 from edgegw.control.expression import activation
 from edgegw.control.guard import History, Refuse, Wait, check, guard, pace_s, same
 from edgegw.control.plant import Plant
+from edgegw.control.present import present, unread_until
 from edgegw.control.rule import LinkState, Rule, RuleState, judge
 from edgegw.control.state import Farewell, Refusal, State
-from edgegw.domain import quality
 from edgegw.domain.command import HAND
 from edgegw.domain.image import Latest
 from edgegw.domain.tag import Scalar
@@ -99,6 +99,7 @@ class _Step:
         self.began_s = state.began_s
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.writes: list[Planned] = []
+        self.unread: set[str] = set()
         self.due: list[float] = list(self.retry_s.values())
 
     def run(self) -> Cycle:
@@ -158,17 +159,7 @@ class _Step:
         return check(limits, wanted) is None and same(self._present(setpoint), wanted, limits.resolution)
 
     def _present(self, setpoint: str) -> Scalar | None:
-        """Return what a setpoint holds: what was written last, or read since."""
-        device, _, tag = setpoint.partition(".")
-        history = self.histories.get(setpoint, History())
-        latest = self.image.get(device)
-        if latest is not None and not quality.is_bad(latest.quality.get(tag)):
-            value = latest.values.get(tag)
-            if isinstance(value, bool | int | float | str) and (
-                history.since_s is None or latest.at_s > history.since_s
-            ):
-                return value
-        return history.value
+        return present(self.plant, self.histories, self.image, setpoint, self.now_s)
 
     # -- demands -----------------------------------------------------------------------------------------
 
@@ -295,7 +286,7 @@ class _Step:
     def _guarded(self, demand: Demand, wanted: Scalar) -> None:
         setpoint, limits = demand.setpoint, self.plant.limits[demand.setpoint]
         history = self.histories.get(setpoint, History())
-        present = self._present(setpoint)
+        now_held = self._present(setpoint)
         if self._holds(setpoint, wanted):
             self.refusals.pop(setpoint, None)
             self.memo.reached[setpoint] = (demand, self.image.get(setpoint.partition(".")[0]))
@@ -303,9 +294,13 @@ class _Step:
         self.memo.reached.pop(setpoint, None)
         if self.retry_s.get(setpoint, 0.0) > self.now_s:
             return
-        if present is None and self._unseen((setpoint.partition(".")[0],)):
+        device = setpoint.partition(".")[0]
+        unread_until_s = unread_until(self.plant, self.began_s, self.image, device, self.now_s)
+        if now_held is None and unread_until_s is not None:
+            self.due.append(unread_until_s)
+            self.unread.add(setpoint)
             return  # it may hold what is wanted already
-        verdict = guard(limits, history, present, wanted, self.now_s)
+        verdict = guard(limits, history, now_held, wanted, self.now_s)
         if isinstance(verdict, Refuse):
             self._refused(demand, wanted, verdict)
             if verdict.limit != "present":
@@ -317,7 +312,7 @@ class _Step:
         else:
             self.refusals.pop(setpoint, None)
             self.histories[setpoint] = history.wrote(verdict.value, self.now_s, limits.max_per_hour)
-            self.writes.append(Planned(setpoint, verdict.value, present, demand.cause))
+            self.writes.append(Planned(setpoint, verdict.value, now_held, demand.cause))
             if not verdict.final:
                 self.due.append(self.now_s + pace_s(limits))
 
@@ -335,11 +330,15 @@ def objection(
     link: LinkState, now_s: float, *, busy: frozenset[str] = frozenset(),
 ) -> str | None:  # fmt: skip
     """Say why a command that is given its setpoints would not have them, or not reach them: nothing is changed."""
-    tried = step(plant, given, image, link, now_s, busy=busy).state
+    trial = _Step(plant, given, image, link, now_s, busy, Memo(plant))
+    tried = trial.run().state
     for setpoint in setpoints:
         has, refusal = tried.owners.get(setpoint), tried.refusals.get(setpoint)
         if has != owner:
             return f"{setpoint}: {has or 'nobody'} has authority"
+        device = setpoint.partition(".")[0]
+        if setpoint in trial.unread and device in image:
+            return f"{setpoint}: device.{device} does not answer; what it holds must be read before it is written"
         if refusal is not None and refusal.owner == owner:
             return f"{setpoint}: {refusal.reason}"
     return None

@@ -23,6 +23,11 @@ class Limits(NamedTuple):
     resolution: float = 0.0
     """The smallest difference that the device can hold: what an integer register counts in."""
 
+    @property
+    def stepped(self) -> bool:
+        """Tell whether a write starts from what the setpoint holds, so that this must be known."""
+        return self.kind == "number" and (self.ramp_per_s is not None or self.max_step is not None)
+
 
 class History(NamedTuple):
     """What was written to a setpoint before.
@@ -122,7 +127,7 @@ def guard(
         hour = [at for at in history.hour if now_s - at < HOUR_S]
         if len(hour) >= limits.max_per_hour:
             return Wait(hour[-limits.max_per_hour] + HOUR_S, f"max_per_hour {limits.max_per_hour} is used up")
-    if limits.kind != "number" or (limits.ramp_per_s is None and limits.max_step is None):
+    if not limits.stepped:
         return Write(wanted, final=True)
     if not isinstance(present, int | float) or isinstance(present, bool):
         return Refuse("present", "the present value is not known, and a ramp or max_step starts from it")

@@ -8,10 +8,14 @@ from edgegw.control.rule import Rule
 
 
 class Plant(NamedTuple):
-    """What the engine knows of the site: rules, limits, how long each device's readings are good for."""
+    """What the engine knows of the site: rules, limits, how long each device's readings are good for.
+
+    `overdue_after_s` is how long after it was seen a device must have been read again, or be lost.
+    """
 
     rules: tuple[Rule, ...]
     limits: Mapping[str, Limits]
     stale_after_s: Mapping[str, float]
     rule_stale_after_s: Mapping[str, float]
     hand_back: str
+    overdue_after_s: Mapping[str, float]

@@ -5,6 +5,7 @@ is as recorded: how the site would have answered is not known.
 """
 
 from collections.abc import Iterable, Mapping
+from math import inf
 from typing import Any
 
 from edgegw.control import engine, state
@@ -159,8 +160,9 @@ class Replay:
             if full in self.setpoints and isinstance(value, bool | int | float | str):
                 self.setpoints[full].holds(self._ts(), value)
         self._image.take(
-            Scan(scan.ts, scan.device, values, scan.quality), self._now_s, held=scan.device in self._held
-        )
+            Scan(scan.ts, scan.device, values, scan.quality), self._now_s, held=scan.device in self._held,
+            seen_s=inf,  # a recording says when a device was lost; between, what it holds is what it held
+        )  # fmt: skip
         self.scans += 1
 
     def _cycles(self) -> None:
