@@ -179,6 +179,28 @@ async def test_a_lease_by_hand_ends_in_safe_and_an_islanded_link_ends_nothing(tm
             await stop(run)
 
 
+async def test_p8_what_is_written_is_rounded_to_within_its_limits(tmp_path: Path) -> None:
+    """A register that counts in tens, and max = 46: 40 arrives, by hand and without a daemon as well."""
+    coarse = {"address": "holding:30", "type": "int16", "scale": 10.0, "min": -46.0, "max": 46.0}
+    async with site() as plant:
+        made = configuration(plant, {})
+        made["device"]["battery"]["tags"]["coarse"] = coarse | {"writable": True, "safe": 45.0}
+        with running(tmp_path, made) as run:
+            await plant.scanned(2, BATTERY)
+            await until((tmp_path / "journal.db.sock").exists, "the socket")
+            code, answer, _ = await write(tmp_path, "battery.coarse", "46")
+            assert (code, answer["value"]) == (0, 40.0)
+            await stop(run)
+        code, answer, _ = await write(tmp_path, "battery.coarse", "-46")
+        assert (code, answer["value"]) == (0, -40.0)
+        assert [int.from_bytes(f.data, "big", signed=True) for f in plant.frames] == [4, -4]
+    assert [e["new"] for e in records(tmp_path, "write") if "ok" in e] == [40.0, -40.0]
+    with Process(sys.executable, "-m", "edgegw", "check", "-c", str(tmp_path / "config.toml")) as check:
+        _, out = await asyncio.to_thread(check.end)
+    assert "device.battery.tags.coarse: max 46 comes to 40, since the register counts in 10" in out
+    assert "device.battery.tags.coarse: safe 45 comes to 40, since the register counts in 10" in out
+
+
 @pytest.mark.skipif(not MOSQUITTO, reason="mosquitto is not here")
 async def test_no_command_from_upstream_passes_for_one_by_hand(tmp_path: Path) -> None:
     port = free_port()

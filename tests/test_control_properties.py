@@ -11,7 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edgegw.control.arbiter import Demand, arbitrate
-from edgegw.control.guard import RAMP_TICK_S, History, Limits, Refuse, Wait, Write, check, guard
+from edgegw.control.grid import Grid
+from edgegw.control.guard import RAMP_TICK_S, History, Limits, Refuse, Wait, Write, check, guard, settled
+from edgegw.control.guard import pace_s as guard_pace_s
 
 NUMBERS = st.floats(-100, 100).map(lambda x: round(x, 3))
 ANYTHING = st.one_of(
@@ -40,6 +42,11 @@ def test_one_has_each_setpoint_and_it_is_the_same_whatever_the_order(wanted: lis
     assert arbitrate(demands) == winners
 
 
+GRIDS = st.sampled_from(
+    [Grid(), Grid("float32"), Grid("integer"), Grid("integer", 0.1), Grid("integer", 0.5, 0.25)]
+)
+
+
 @st.composite
 def limits(draw: Any) -> Limits:
     low, high = sorted((draw(NUMBERS), draw(NUMBERS)))
@@ -48,6 +55,7 @@ def limits(draw: Any) -> Limits:
         True, "number", maybe(st.just(low)), maybe(st.just(high)),
         maybe(st.sampled_from([0.5, 5.0, 25.0])), maybe(st.sampled_from([0.01, 1.0, 10.0])),
         draw(st.sampled_from([0.0, 0.1, 1.0, 60.0])), maybe(st.integers(1, 4)),
+        grid=draw(GRIDS),
     )  # fmt: skip
 
 
@@ -67,14 +75,20 @@ def test_p8_no_sequence_of_demands_times_and_failures_takes_a_setpoint_past_its_
     of: Limits, steps: list[Any], start: float
 ) -> None:
     """Type, range, step, ramp, interval and writes an hour, for what is written, from what the setpoint held."""
-    now_s, history, held = 1000.0, History(), start
-    known: float | None = start
+    now_s, history, held = 1000.0, History(), of.grid.nearest(start) or 0.0
+    known: float | None = held
     written: list[float] = []
     for pause_s, wanted, fate in steps:
         now_s += pause_s
         verdict = guard(of, history, known, wanted, now_s)
         if isinstance(verdict, Refuse):
-            assert check(of, wanted) is not None or (verdict.limit == "present" and known is None)
+            unreachable = of.max_step is not None and of.max_step < of.resolution
+            assert (
+                check(of, wanted) is not None
+                or settled(of, wanted) is None
+                or (verdict.limit == "present" and known is None)
+                or (verdict.limit == "max_step" and unreachable)
+            )
         elif isinstance(verdict, Wait):
             assert verdict.until_s > now_s
         else:
@@ -84,7 +98,7 @@ def test_p8_no_sequence_of_demands_times_and_failures_takes_a_setpoint_past_its_
             held, known = (verdict.value, verdict.value) if fate != "lost" else (held, None)  # type: ignore[assignment]
             continue
         if fate == "moved":
-            held = known = start
+            held = known = of.grid.nearest(start) or 0.0
         elif fate == "confirmed":
             known = held
 
@@ -97,7 +111,9 @@ def within(
     assert not isinstance(value, bool)
     assert of.min is None or value >= of.min
     assert of.max is None or value <= of.max
+    wanted = settled(of, wanted)
     assert value == wanted or not write.final
+    assert of.grid.nearest(value) == value, "the register holds something else"
     if of.max_per_hour is not None:
         assert sum(now_s - at < 3600.0 for at in written) < of.max_per_hour
     if written:
@@ -105,7 +121,7 @@ def within(
     if of.max_step is None and of.ramp_per_s is None:
         return
     assert present is not None, "a step from an unknown value"
-    pace_s = max(of.min_interval_s, RAMP_TICK_S)
+    pace_s = guard_pace_s(of)
     paced = not write.final or of.ramp_per_s is None
     assert not paced or not written or now_s - written[-1] >= pace_s - 1e-9, "steps too close to each other"
     inside = (of.min is None or present >= of.min) and (of.max is None or present <= of.max)
@@ -124,7 +140,7 @@ TAGS = {
     "src.b": "number",
     "src.ok": "bool",
     "out.ramped": "number writable min=-50 max=50 ramp=10/s min_interval=1s safe=0",
-    "out.stepped": "number writable min=0 max=100 max_step=25 min_interval=500ms max_per_hour=20 safe=50",
+    "out.stepped": "int writable min=0 max=99.6 max_step=24.5 min_interval=500ms max_per_hour=20 safe=50",
     "out.free": "number writable",
     "out.relay": "bool writable min_interval=2s safe=false",
 }
@@ -212,7 +228,8 @@ def perform(site: Site, number: int, act: Any) -> set[str]:
             if value is None:
                 site.quality[name] = "bad:timeout"
         case ("move", name, value):
-            site.values[name] = max(-50.0, min(50.0, value)) if name == "out.ramped" else abs(value)
+            moved = max(-50.0, min(50.0, value)) if name == "out.ramped" else abs(value)
+            site.values[name] = float(round(moved)) if name == "out.stepped" else moved
         case ("link", state):
             site.link = state
         case ("broken", names):
@@ -224,7 +241,11 @@ def perform(site: Site, number: int, act: Any) -> set[str]:
             return {device}
         case ("away", noticed, value):  # it comes back as it likes: at values of its own, and answers writes
             site.away = {"out"} if value < 0.0 else set()
-            site.values |= {"out.ramped": value / 2.0, "out.stepped": abs(value), "out.free": value}
+            site.values |= {
+                "out.ramped": value / 2.0,
+                "out.stepped": float(round(abs(value))),
+                "out.free": value,
+            }
             if noticed or site.image.devices.get("out") is None:
                 site.lose("out")
             else:  # a scan that hangs
@@ -248,6 +269,7 @@ def check_writes(site: Site) -> None:
         assert of.writable
         for at_s, value, before in writes:
             assert check(of, value) is None
+            assert of.grid.nearest(value) == value
             if of.max_step is not None and isinstance(before, float):
                 assert abs(value - before) <= of.max_step + 1e-6, (name, at_s)
         for (one_s, *_), (other_s, *_) in itertools.pairwise(writes):

@@ -9,7 +9,8 @@ from edgegw.config.schema import STALE_PERIODS, Config, Guard, ModbusTag, OpcUaT
 from edgegw.config.schema import Rule as RuleConfig
 from edgegw.config.schema import Window as WindowConfig
 from edgegw.control.expression import Expression, did_you_mean
-from edgegw.control.guard import Limits, check
+from edgegw.control.grid import Grid
+from edgegw.control.guard import Limits, check, settled
 from edgegw.control.plant import Plant
 from edgegw.control.rule import Rule
 
@@ -99,15 +100,18 @@ def _limits(tag: Guard) -> Limits:
         0.0 if tag.min_interval is None else tag.min_interval.s,
         tag.max_per_hour,
         tag.safe,
-        _resolution(tag),
+        grid_of(tag),
     )
 
 
-def _resolution(tag: Guard) -> float:
-    """Return what one step of an integer register comes to; 0 where there are no steps."""
-    if isinstance(tag, ModbusTag | OpcUaTag) and tag.type.startswith(("int", "uint")):
-        return abs(tag.scale)
-    return 0.0
+def grid_of(tag: Guard, held: str = "") -> Grid:
+    """Return what a tag's register can hold; `held` is the type that the device says that it has, if it says so."""
+    if not isinstance(tag, ModbusTag | OpcUaTag) or tag.scale == 0.0:
+        return Grid()
+    types = (tag.type, held)
+    if any(name.startswith(("int", "uint")) for name in types):
+        return Grid("integer", tag.scale, tag.offset)
+    return Grid("float32" if "float32" in types else "float64", tag.scale, tag.offset)
 
 
 def _odd_limits(where: tuple[str, ...], tag: Guard, limits: Limits) -> Problems:
@@ -116,6 +120,10 @@ def _odd_limits(where: tuple[str, ...], tag: Guard, limits: Limits) -> Problems:
     if tag.max_step is not None and tag.max_step < limits.resolution:
         steps = f"a register that counts in {limits.resolution:g} would never move"
         return [((*where, "max_step"), f"found {tag.max_step:g}; {steps}")]
+    if limits.kind == "number" and tag.writable and settled(limits, 0.0) is None:
+        steps = f"a register that counts in {limits.resolution:g}"
+        between = f"min {limits.min} to max {limits.max}"
+        return [(where, f"found {between}; expected a range that holds a value of {steps}")]
     if tag.safe is not None and tag.writable and (refusal := check(limits, tag.safe)) is not None:
         return [((*where, "safe"), refusal.reason)]
     return []

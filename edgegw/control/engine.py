@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from edgegw.control import arbiter
 from edgegw.control.arbiter import Demand
 from edgegw.control.expression import activation
-from edgegw.control.guard import History, Refuse, Wait, check, guard, pace_s, same
+from edgegw.control.guard import History, Refuse, Wait, check, guard, pace_s, same, settled
 from edgegw.control.plant import Plant
 from edgegw.control.present import present, unread_until
 from edgegw.control.rule import LinkState, Rule, RuleState, judge
@@ -156,7 +156,9 @@ class _Step:
 
     def _holds(self, setpoint: str, wanted: Scalar) -> bool:
         limits = self.plant.limits[setpoint]
-        return check(limits, wanted) is None and same(self._present(setpoint), wanted, limits.resolution)
+        if check(limits, wanted) is not None or (target := settled(limits, wanted)) is None:
+            return False
+        return same(self._present(setpoint), target, limits.resolution)
 
     def _present(self, setpoint: str) -> Scalar | None:
         return present(self.plant, self.histories, self.image, setpoint, self.now_s)
