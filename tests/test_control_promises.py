@@ -32,6 +32,8 @@ from control_field import (
 from gateway_rig import toml, until
 from rig import MOSQUITTO, Process, free_port, mosquitto
 
+from edgegw import clock
+
 PEAK: dict[str, Any] = {
     "when": "meter.kw > 80.0",
     "until": "meter.kw < 60.0",
@@ -482,6 +484,28 @@ async def test_p7_a_clock_that_jumps_by_two_days_changes_no_timer(tmp_path: Path
     assert plant.values() == [10.0, 0.0]
     stamps = [e["ts"] for e in records(tmp_path)]
     assert max(stamps) - min(stamps) > 86_400_000, "the clock did not jump"
+
+
+@needs_broker
+async def test_p7_a_command_without_a_lease_does_not_come_back_after_a_reboot(tmp_path: Path) -> None:
+    """The boot's identity is exchanged in what control remembers: that is all of a reboot that it can see."""
+    port = free_port()
+    async with site() as plant:
+        made = configuration(plant, {}, broker_port=port, limits={"safe": 2.0})
+        with mosquitto(tmp_path, port), Operator(port) as operator, running(tmp_path, made) as first:
+            await event(tmp_path, "link", state="online")
+            await plant.scanned(1, BATTERY)
+            assert (await operator.ask(command("monday", {"battery.setpoint": 40.0})))["ok"]
+            await stop(first)
+        assert plant.values() == [40.0]
+        memory = tmp_path / "journal.db.control"
+        memory.write_text(memory.read_text().replace(clock.boot_id(), "another"))
+        plant.set(7.0, BATTERY, SETPOINT)
+        with running(tmp_path, made) as second:
+            await until(lambda: plant.get() == 2.0, "safe")
+            await plant.scanned(10, BATTERY)
+            await stop(second)
+    assert plant.values() == [40.0, 2.0]
 
 
 # -- kills -----------------------------------------------------------------------------------------------------------

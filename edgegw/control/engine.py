@@ -16,7 +16,6 @@ from edgegw.control.plant import Plant
 from edgegw.control.present import present, unread_until
 from edgegw.control.rule import LinkState, Rule, RuleState, judge
 from edgegw.control.state import Farewell, Refusal, State
-from edgegw.domain.command import HAND
 from edgegw.domain.image import Latest
 from edgegw.domain.tag import Scalar
 
@@ -254,16 +253,16 @@ class _Step:
     def _leases(self, ruled: frozenset[str]) -> Iterator[Demand]:
         """Yield what commands hold; end leases whose time is over, and open-ended ones on an islanded link.
 
-        A hand at the gateway needs no link.
+        Either way `safe` is left behind, where there is one. A hand at the gateway needs no link.
         """
         islanded = self.link == "islanded"
         for setpoint, lease in list(self.leases.items()):
             if lease.until_s is not None and lease.until_s > self.now_s:
                 self.due.append(lease.until_s)
-            elif lease.until_s is not None or (islanded and not lease.command.startswith(HAND)):
+            elif not lease.open_ended or (islanded and not lease.by_hand):
                 del self.leases[setpoint]
                 safe = self.plant.limits[setpoint].safe
-                if setpoint not in ruled and safe is not None and lease.until_s is not None:
+                if setpoint not in ruled and safe is not None:
                     self.farewells[setpoint] = Farewell("failsafe", safe, "failsafe", 0)
                 continue
             priority = arbiter.REMOTE_ISLANDED if islanded else arbiter.REMOTE_PRIORITY

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from edgegw.control.guard import History
 from edgegw.control.plant import Plant
 from edgegw.control.rule import Rule, RuleState
+from edgegw.domain.command import HAND
 from edgegw.domain.tag import Scalar
 
 RETRY_S = 1.0
@@ -19,6 +20,16 @@ class Lease(NamedTuple):
     command: str
     value: Scalar
     until_s: float | None
+
+    @property
+    def open_ended(self) -> bool:
+        """Tell whether no moment ends it."""
+        return self.until_s is None
+
+    @property
+    def by_hand(self) -> bool:
+        """Tell whether a person at the gateway wants it, for as long as nothing else is said."""
+        return self.command.startswith(HAND)
 
 
 class Farewell(NamedTuple):
@@ -87,8 +98,9 @@ def restored(
     """Return the state after a restart (or a mere reload), from the one that was saved at `saved_s`.
 
     Every rule counts as just switched. A `for` goes on where it was, the time between not counted; a `hold` counts
-    it. A setpoint is read before it is written. After a reboot the monotonic clock has begun anew: leases are over,
-    and the writes of the last hour count as made now. What a rule held that is no more goes to `safe`.
+    it. A setpoint is read before it is written. After a reboot the monotonic clock has begun anew, and
+    nobody knows how long the machine was off: what commands held is over, but for an open-ended hold by hand, and the
+    writes of the last hour count as made now. What a rule held that is no more goes to `safe`.
     """
     known = {at for at, limits in plant.limits.items() if limits.writable}
     shift_s = now_s - saved_s
@@ -105,7 +117,7 @@ def restored(
         if at in known and history.at_s is not None
     }
     leases = {
-        at: lease if same_boot or lease.until_s is None else lease._replace(until_s=now_s)
+        at: lease if same_boot or (lease.open_ended and lease.by_hand) else lease._replace(until_s=now_s)
         for at, lease in state.leases.items()
         if at in known
     }
