@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from edgegw.domain.command import Reply
 from edgegw.domain.image import Image
 from edgegw.domain.record import Event, Record
 from edgegw.domain.tag import Scalar, Value
+from edgegw.drivers.base import LearnsTypes
 from edgegw.drivers.registry import Drivers
 from edgegw.errors import ConfigError, JournalError, NotConnected
 from edgegw.journal import tending
@@ -45,6 +47,7 @@ class Gateway:
         self._config_path = config_path
         self._started_ms = clock.wall_ms()
         self._drivers = Drivers()
+        self._learning: dict[str, LearnsTypes] = {}
         self._services = Supervisor()
         self._image = Image()
         path = journal_path(config, config_path)
@@ -124,6 +127,8 @@ class Gateway:
 
     def _scanner(self, name: str, device: AnyDevice) -> Scanner:
         driver = self._drivers.make(name, device)
+        if isinstance(driver, LearnsTypes):
+            self._learning[name] = driver
         return Scanner(
             name,
             driver,
@@ -145,8 +150,13 @@ class Gateway:
     def _controller(self, plant: Plant) -> Controller:
         return Controller(
             plant, self._image, self._journal, lambda: self._uplink.link.state, self._write, self._memory,
-            self._uplink,
+            self._uplink, self._held_types,
         )  # fmt: skip
+
+    def _held_types(self, device: str) -> Mapping[str, str] | None:
+        """Return what a device has said of the types that it holds; None if its protocol has no such thing."""
+        learning = self._learning.get(device)
+        return None if learning is None else learning.held_types
 
     async def _write(self, device: str, tag: str, value: Scalar) -> Value:
         scanner = self._scanners.get(device)
@@ -160,6 +170,7 @@ class Gateway:
     async def _stop_device(self, name: str) -> None:
         await self._services.stop(f"device.{name}")
         del self._scanners[name]
+        self._learning.pop(name, None)
         self._image.forget(name)
 
     async def _reload(self) -> None:

@@ -144,7 +144,7 @@ class Site:
             lines.append(f"write {setpoint} {shown(old)} -> {shown(value)} by {cause}")
             self.written.append((self.at_s, setpoint, value, self.values.get(setpoint)))
             if setpoint in self.broken or setpoint.partition(".")[0] in self.away:
-                self.state = state.failed(self.state, setpoint, self.now_s)
+                self.state = state.failed(self.state, setpoint, value, cause, "timeout", self.now_s)
                 lines.append(f"unconfirmed {setpoint}")
             else:
                 self.state = state.confirmed(self.state, setpoint, self.now_s)

@@ -184,7 +184,11 @@ async def test_p8_what_is_written_is_rounded_to_within_its_limits(tmp_path: Path
     coarse = {"address": "holding:30", "type": "int16", "scale": 10.0, "min": -46.0, "max": 46.0}
     async with site() as plant:
         made = configuration(plant, {})
-        made["device"]["battery"]["tags"]["coarse"] = coarse | {"writable": True, "safe": 45.0}
+        made["device"]["battery"]["tags"]["coarse"] = coarse | {
+            "writable": True,
+            "safe": 45.0,
+            "eeprom": True,
+        }
         with running(tmp_path, made) as run:
             await plant.scanned(2, BATTERY)
             await until((tmp_path / "journal.db.sock").exists, "the socket")
@@ -198,6 +202,10 @@ async def test_p8_what_is_written_is_rounded_to_within_its_limits(tmp_path: Path
     with Process(sys.executable, "-m", "edgegw", "check", "-c", str(tmp_path / "config.toml")) as check:
         _, out = await asyncio.to_thread(check.end)
     assert "device.battery.tags.coarse: max 46 comes to 40, since the register counts in 10" in out
+    assert (
+        "device.battery.tags.coarse: kept in EEPROM, which wears with each write, and has no max_per_hour"
+        in out
+    )
     assert "device.battery.tags.coarse: safe 45 comes to 40, since the register counts in 10" in out
 
 

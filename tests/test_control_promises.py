@@ -29,6 +29,7 @@ from control_field import (
     site,
     stop,
 )
+from field import frame
 from gateway_rig import toml, until
 from rig import MOSQUITTO, Process, free_port, mosquitto
 
@@ -300,6 +301,37 @@ async def test_p8_a_write_that_cannot_be_confirmed_is_an_event_and_not_repeated_
     outcomes = [e for e in records(tmp_path, "write") if "ok" in e]
     assert [e["ok"] for e in outcomes] == [False] * (len(plant.frames) - 1) + [True]
     assert {e["error"] for e in outcomes if not e["ok"]} == {"timeout"}
+
+
+@pytest.mark.parametrize("how", ["refuses", "clamps"])
+async def test_p8_a_write_that_fails_the_same_way_is_made_ever_more_rarely_and_said_once(
+    tmp_path: Path, how: str
+) -> None:
+    """A wanted value that is another one is tried at once."""
+
+    async def unwilling(tid: int, unit: int, pdu: bytes) -> bytes | None:
+        answer = await plant.answer(tid, unit, pdu)
+        if pdu[0] == 16:
+            plant.set(12.0, BATTERY, SETPOINT)
+            return frame(tid, unit, bytes((0x90, 2))) if how == "refuses" else answer
+        return answer
+
+    async with site() as plant:
+        plant.field.behave[BATTERY] = unwilling
+        plant.set(90.0)
+        with running(tmp_path, configuration(plant, {"peak": PEAK})) as run:
+            await until(lambda: len(plant.frames) >= 4, "decisions", 30.0)
+            plant.set(91.0)
+            await until(lambda: plant.values()[-1] == 31.0, "the other value")
+            await event(tmp_path, "write", ok=False, new=31.0)
+            await stop(run)
+            said = [line for line in run.lines if "not confirmed" in line]
+    same = [f.at_s for f in plant.frames if f.value == 30.0]
+    pauses = [b - a for a, b in itertools.pairwise(same)]
+    assert all(pause > wanted for pause, wanted in zip(pauses, (1.0, 2.0, 4.0), strict=False)), pauses
+    assert len(said) == 1, said
+    outcomes = [e for e in records(tmp_path, "write") if e.get("ok") is False]
+    assert [e.get("failures") for e in outcomes] == [None, *range(2, len(outcomes) + 1)]
 
 
 async def test_p8_a_device_that_holds_another_value_than_was_written_is_found_out(tmp_path: Path) -> None:

@@ -205,6 +205,7 @@ class Guard:
     min_interval: Duration | None = None
     max_per_hour: Annotated[int, Field(ge=1)] | None = None
     safe: float | bool | str | None = None
+    eeprom: bool = False
 
     @model_validator(mode="after")
     def _limits(self) -> Self:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from edgegw.config.schema import Config
+from edgegw.config.schema import Config, Guard
 from edgegw.control.guard import Limits, settled
 from edgegw.control.plant import Plant
 
@@ -12,10 +12,16 @@ def advice(config: Config, plant: Plant) -> list[str]:
     return [
         f"device.{device}.tags.{name}: {line}"
         for device, section in config.device.items()
-        for name in section.tags
-        if plant.limits[f"{device}.{name}"].writable
-        for line in _limits(plant.limits[f"{device}.{name}"])
+        for name, tag in section.tags.items()
+        if tag.writable
+        for line in (*_limits(plant.limits[f"{device}.{name}"]), *_wear(tag))
     ]
+
+
+def _wear(tag: Guard) -> Iterator[str]:
+    """Say where a register that wears out may be written without end: EEPROM lasts some 100,000 writes."""
+    if tag.eeprom and tag.max_per_hour is None:
+        yield "kept in EEPROM, which wears with each write, and has no max_per_hour; expected max_per_hour = 4 or so"
 
 
 def _limits(limits: Limits) -> Iterator[str]:

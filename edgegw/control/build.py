@@ -104,14 +104,11 @@ def _limits(tag: Guard) -> Limits:
     )
 
 
-def grid_of(tag: Guard, held: str = "") -> Grid:
-    """Return what a tag's register can hold; `held` is the type that the device says that it has, if it says so."""
+def grid_of(tag: Guard) -> Grid:
+    """Return what a tag's register can hold, as far as the configuration says it."""
     if not isinstance(tag, ModbusTag | OpcUaTag) or tag.scale == 0.0:
         return Grid()
-    types = (tag.type, held)
-    if any(name.startswith(("int", "uint")) for name in types):
-        return Grid("integer", tag.scale, tag.offset)
-    return Grid("float32" if "float32" in types else "float64", tag.scale, tag.offset)
+    return Grid("float64", tag.scale, tag.offset).held_as(tag.type)
 
 
 def _odd_limits(where: tuple[str, ...], tag: Guard, limits: Limits) -> Problems:

@@ -7,8 +7,9 @@ before it is done. A disk that does not take the entry in time does not stop the
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Mapping
+from math import inf
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -35,6 +36,8 @@ COMMAND_PATIENCE_S = 5.0
 """How long a command waits for its id to be durable; without that it is not acted on."""
 SAVE_S = 1.0
 """How soon timers that have begun or ended are saved; what was decided or done is saved at once."""
+SAY_S = 600.0
+"""How often a write that goes on failing is said again, with its count."""
 ANSWERS = 256
 """Answers kept for commands that a broker may deliver twice."""
 
@@ -63,16 +66,27 @@ class Replayer(Protocol):
         ...
 
 
+class Trouble(NamedTuple):
+    """Writes of a setpoint that fail one after the other: for what, how often, and when it was last said."""
+
+    error: str
+    times: int
+    said_s: float
+
+
 class Controller:
     """Control as a service, with one inbox: `touch`, `command`."""
 
     def __init__(
         self, plant: Plant, image: Image, ledger: Ledger, link: Callable[[], LinkState],
         write: Callable[[str, str, Scalar], Awaitable[Value]], memory: MemoryFile, replayer: Replayer,
+        held_types: Callable[[str], Mapping[str, str] | None],
     ) -> None:  # fmt: skip
         self.state = State()
         self.cycles = 0
-        self._plant = plant
+        self._plant = self._configured = plant
+        self._held_types = held_types
+        self._learnt: dict[str, Mapping[str, str]] = {}
         self._image = image
         self._ledger = ledger
         self._link = link
@@ -81,6 +95,7 @@ class Controller:
         self._timed = [rule for rule in plant.rules if rule.for_s]
         self._due = asyncio.Event()
         self._busy: dict[str, asyncio.Task[str | None]] = {}
+        self._troubles: dict[str, Trouble] = {}
         self._settling: set[asyncio.Task[bool]] = set()
         self._done: dict[str, int] = {}
         self._answers: dict[bytes, asyncio.Future[Reply]] = {}
@@ -96,7 +111,18 @@ class Controller:
     def touch(self, device: str) -> None:
         """Say that a device has new readings, or none any more."""
         if device in self._devices:
+            types = self._held_types(device)
+            if types is not None and types is not self._learnt.get(device):
+                self._learn(device, types)
             self._due.set()
+
+    def _learn(self, device: str, types: Mapping[str, str]) -> None:
+        """Keep the limits in the types in which a device holds its setpoints, from now on."""
+        self._learnt[device] = types
+        self._plant = self._configured
+        for name, known in self._learnt.items():
+            self._plant = self._plant.learnt(name, known)
+        self._memo = engine.Memo(self._plant)
 
     def wake(self) -> None:
         """Run a cycle soon: something that rules ask for has changed."""
@@ -203,7 +229,7 @@ class Controller:
             found = await self._write(device, tag, planned.value)
         except DeviceError as failure:
             error = failure.reason
-            log.warning("%s; written by %s", failure, planned.cause)
+            log.debug("%s; written by %s", failure, planned.cause)
         else:
             outcome["read"] = found
             resolution = self._plant.limits[planned.setpoint].resolution
@@ -215,10 +241,31 @@ class Controller:
         outcome |= {"ok": error is None} | ({"error": error} if error else {})
         if not in_time:
             outcome["late"] = True  # the act went first: the entry of the intent was not yet durable
-        note = state.failed if error else state.confirmed
-        self.state = note(self.state, planned.setpoint, clock.mono_s())
+        outcome |= self._noted(planned, error)
         self._ledger.append(Event(clock.wall_ms(), "write", outcome))
         return error
+
+    def _noted(self, planned: Planned, error: str | None) -> dict[str, int]:
+        """Have the state know of an outcome, and say a failure when it begins and ends; return how often it was."""
+        setpoint, now_s = planned.setpoint, clock.mono_s()
+        if error is None:
+            self.state = state.confirmed(self.state, setpoint, now_s)
+            if (troubles := self._troubles.pop(setpoint, None)) is not None:
+                log.warning("%s: written again, after %d failures", setpoint, troubles.times)
+            return {}
+        self.state = state.failed(self.state, setpoint, planned.value, planned.cause, error, now_s)
+        before = self._troubles.get(setpoint)
+        count, said_s = (
+            (1, -inf) if before is None or before.error != error else (before.times + 1, before.said_s)
+        )
+        if now_s - said_s >= SAY_S:
+            often = f", {count} times now" if count > 1 else ""
+            log.warning(
+                "%s: %r by %s: not confirmed: %s%s", setpoint, planned.value, planned.cause, error, often
+            )
+            said_s = now_s
+        self._troubles[setpoint] = Trouble(error, count, said_s)
+        return {"failures": count} if count > 1 else {}
 
     # -- commands ----------------------------------------------------------------------------------------
 
@@ -295,7 +342,11 @@ class Controller:
         self.cycle()
         self._due.set()
         for setpoint in asked.writes:
-            if (busy_now := self._busy.get(setpoint)) and (error := await asyncio.shield(busy_now)):
+            busy_now, failure = self._busy.get(setpoint), self.state.failures.get(setpoint)
+            error = failure.error if failure is not None else None
+            if busy_now is not None:
+                error = await asyncio.shield(busy_now)
+            if error is not None:
                 return Reply(asked.id, False, f"{setpoint}: not confirmed: {error}; it is tried again")
         return Reply(asked.id, True)
 

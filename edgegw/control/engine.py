@@ -15,7 +15,7 @@ from edgegw.control.guard import History, Refuse, Wait, check, guard, pace_s, sa
 from edgegw.control.plant import Plant
 from edgegw.control.present import present, unread_until
 from edgegw.control.rule import LinkState, Rule, RuleState, judge
-from edgegw.control.state import Farewell, Refusal, State
+from edgegw.control.state import RETRY_S, Failure, Farewell, Refusal, State
 from edgegw.domain.image import Latest
 from edgegw.domain.tag import Scalar
 
@@ -94,12 +94,12 @@ class _Step:
         self.owners = dict(state.owners)
         self.histories = dict(state.histories)
         self.refusals = dict(state.refusals)
-        self.retry_s = {setpoint: at for setpoint, at in state.retry_s.items() if at > now_s}
+        self.failures = dict(state.failures)
         self.began_s = state.began_s
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.writes: list[Planned] = []
         self.unread: set[str] = set()
-        self.due: list[float] = list(self.retry_s.values())
+        self.due: list[float] = []
 
     def run(self) -> Cycle:
         demands = self._ruled()
@@ -119,7 +119,7 @@ class _Step:
         for setpoint in [at for at in self.refusals if at not in winners]:
             del self.refusals[setpoint]
         state = State(
-            self.rules, self.leases, self.farewells, self.owners, self.histories, self.refusals, self.retry_s,
+            self.rules, self.leases, self.farewells, self.owners, self.histories, self.refusals, self.failures,
             self.began_s,
         )  # fmt: skip
         later = [moment for moment in self.due if moment > self.now_s and moment != inf]
@@ -290,12 +290,15 @@ class _Step:
         now_held = self._present(setpoint)
         if self._holds(setpoint, wanted):
             self.refusals.pop(setpoint, None)
+            self.failures.pop(setpoint, None)
             self.memo.reached[setpoint] = (demand, self.image.get(setpoint.partition(".")[0]))
             return
         self.memo.reached.pop(setpoint, None)
-        if self.retry_s.get(setpoint, 0.0) > self.now_s:
-            return
         device = setpoint.partition(".")[0]
+        failure = self._failure(setpoint)
+        if failure is not None and (soon_s := failure.at_s + RETRY_S) > self.now_s:
+            self.due.append(soon_s)
+            return
         unread_until_s = unread_until(self.plant, self.began_s, self.image, device, self.now_s)
         if now_held is None and unread_until_s is not None:
             self.due.append(unread_until_s)
@@ -310,12 +313,22 @@ class _Step:
             self.due.append(verdict.until_s)
             if verdict.reason is not None:
                 self._refused(demand, wanted, Refuse("max_per_hour", verdict.reason))
+        elif failure is not None and (retry_s := failure.retry_s(verdict.value, demand.cause)) > self.now_s:
+            self.due.append(retry_s)
         else:
             self.refusals.pop(setpoint, None)
             self.histories[setpoint] = history.wrote(verdict.value, self.now_s, limits.max_per_hour)
             self.writes.append(Planned(setpoint, verdict.value, now_held, demand.cause))
             if not verdict.final:
                 self.due.append(self.now_s + pace_s(limits))
+
+    def _failure(self, setpoint: str) -> Failure | None:
+        """Return the last write's failure that still counts: none once the device was lost and has come back."""
+        failure, latest = self.failures.get(setpoint), self.image.get(setpoint.partition(".")[0])
+        if failure is not None and latest is not None and not latest.lost and latest.since_s > failure.at_s:
+            del self.failures[setpoint]
+            return None
+        return failure
 
     def _refused(self, demand: Demand, wanted: Scalar, refuse: Refuse) -> None:
         """Note a refusal: an event when it begins, not one for every cycle and every value of an expression."""

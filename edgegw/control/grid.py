@@ -22,6 +22,12 @@ class Grid(NamedTuple):
         """The difference between two neighbours; 0 where the register does not count in steps."""
         return abs(self.scale) if self.kind == "integer" else 0.0
 
+    def held_as(self, kind: str) -> "Grid":
+        """Return what is left of it where the device says that it holds another type, as in `int32`."""
+        if kind.startswith(("int", "uint")):
+            return self._replace(kind="integer")
+        return self._replace(kind="float32") if (self.kind, kind) == ("float64", "float32") else self
+
     def nearest(self, value: float, low: float = -inf, high: float = inf) -> float | None:
         """Return what is held nearest to a value, from `low` to `high`; None if nothing that is held lies there."""
         value = min(max(value, low), high)

@@ -24,7 +24,7 @@ from edgegw.domain.command import HAND, Reply
 from edgegw.domain.image import Image
 from edgegw.domain.record import Event
 from edgegw.domain.tag import Scalar, Value
-from edgegw.drivers.base import Driver
+from edgegw.drivers.base import Driver, LearnsTypes
 from edgegw.errors import DeviceError
 
 log = logging.getLogger(__name__)
@@ -153,11 +153,12 @@ async def write_alone(
     The caller holds the journal's lock. Raises DeviceError if the device cannot be read beforehand.
     """
     device, _, tag = setpoint.partition(".")
-    limits = plant.limits[setpoint]
     known, history = _remembered(plant, setpoint, memory)
     image = Image()
     for scan in await driver.scan():
         image.take(scan, clock.mono_s())
+    types = driver.held_types if isinstance(driver, LearnsTypes) else {}
+    limits = plant.learnt(device, types).limits[setpoint]
     old = image.devices[device].values.get(tag)
     present = old if isinstance(old, bool | int | float | str) else None
     now_s = clock.mono_s()

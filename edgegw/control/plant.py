@@ -19,3 +19,11 @@ class Plant(NamedTuple):
     rule_stale_after_s: Mapping[str, float]
     hand_back: str
     overdue_after_s: Mapping[str, float]
+
+    def learnt(self, device: str, types: Mapping[str, str]) -> "Plant":
+        """Return the plant with the types in which a device says that it holds its tags."""
+        finer = dict(self.limits)
+        for tag, kind in types.items():
+            limits = finer[f"{device}.{tag}"]
+            finer[f"{device}.{tag}"] = limits._replace(grid=limits.grid.held_as(kind))
+        return self._replace(limits=finer)

@@ -12,6 +12,8 @@ from edgegw.domain.tag import Scalar
 
 RETRY_S = 1.0
 """How soon a write that could not be confirmed may be tried again, by the next cycle's decision."""
+RETRY_MOST_S = 600.0
+"""How long it is left alone in the end, if the same write fails the same way again and again."""
 
 
 class Lease(NamedTuple):
@@ -49,6 +51,21 @@ class Refusal(NamedTuple):
     reason: str
 
 
+class Failure(NamedTuple):
+    """A write that was not confirmed: what was written for whom, why it failed, how often in a row, when last."""
+
+    value: Scalar
+    cause: str
+    error: str
+    times: int
+    at_s: float
+
+    def retry_s(self, value: Scalar, cause: str) -> float:
+        """Return when a write may follow: soon if it is another one, ever later if it is the same."""
+        same = (value, cause) == (self.value, self.cause)
+        return self.at_s + (min(RETRY_MOST_S, RETRY_S * 2.0 ** min(self.times - 1, 30)) if same else RETRY_S)
+
+
 class State(NamedTuple):
     """All that control remembers from one cycle to the next; `began_s` is when it took up its work."""
 
@@ -58,22 +75,26 @@ class State(NamedTuple):
     owners: Mapping[str, str] = {}
     histories: Mapping[str, History] = {}
     refusals: Mapping[str, Refusal] = {}
-    retry_s: Mapping[str, float] = {}
+    failures: Mapping[str, Failure] = {}
     began_s: float = -inf
 
 
-def failed(state: State, setpoint: str, now_s: float) -> State:
+def failed(state: State, setpoint: str, value: Scalar, cause: str, error: str, now_s: float) -> State:
     """Note that a write was not confirmed: what the setpoint holds is not known until it is read again."""
     history = state.histories.get(setpoint, History())._replace(value=None, since_s=now_s)
+    was = state.failures.get(setpoint)
+    again = was is not None and (was.value, was.cause, was.error) == (value, cause, error)
+    failure = Failure(value, cause, error, was.times + 1 if was is not None and again else 1, now_s)
     return state._replace(
-        histories={**state.histories, setpoint: history}, retry_s={**state.retry_s, setpoint: now_s + RETRY_S}
+        histories={**state.histories, setpoint: history}, failures={**state.failures, setpoint: failure}
     )
 
 
 def confirmed(state: State, setpoint: str, now_s: float) -> State:
     """Note that a write was read back: what was read of the setpoint until now is older than that."""
     history = state.histories[setpoint]._replace(since_s=now_s)
-    return state._replace(histories={**state.histories, setpoint: history})
+    failures = {at: failure for at, failure in state.failures.items() if at != setpoint}
+    return state._replace(histories={**state.histories, setpoint: history}, failures=failures)
 
 
 def command(
