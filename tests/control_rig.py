@@ -31,7 +31,7 @@ def tag(text: str, address: int) -> dict[str, Any]:
         key, _, value = word.partition("=")
         if not value:
             made[key] = True
-        elif key in ("ramp", "min_interval"):
+        elif key in ("ramp", "min_interval", "refresh"):
             made[key] = value
         elif key == "max_per_hour":
             made[key] = int(value)
@@ -140,8 +140,9 @@ class Site:
 
     def _carry_out(self, cycle: Cycle) -> list[str]:
         lines = []
-        for setpoint, value, old, cause in cycle.writes:
-            lines.append(f"write {setpoint} {shown(old)} -> {shown(value)} by {cause}")
+        for setpoint, value, old, cause, repeat in cycle.writes:
+            word = "refresh" if repeat else "write"
+            lines.append(f"{word} {setpoint} {shown(old)} -> {shown(value)} by {cause}")
             self.written.append((self.at_s, setpoint, value, self.values.get(setpoint)))
             if setpoint in self.broken or setpoint.partition(".")[0] in self.away:
                 self.state = state.failed(self.state, setpoint, value, cause, "timeout", self.now_s)

@@ -303,6 +303,40 @@ async def test_p8_a_write_that_cannot_be_confirmed_is_an_event_and_not_repeated_
     assert {e["error"] for e in outcomes if not e["ok"]} == {"timeout"}
 
 
+async def test_p8_a_device_that_lets_go_of_what_is_not_repeated_is_fed(tmp_path: Path) -> None:
+    """A fake with a deadman: what it does falls to nothing 5 s after the last write, whatever its register shows."""
+    lapses: list[float] = []
+
+    async def deadman(tid: int, unit: int, pdu: bytes) -> bytes | None:
+        fed = [f.at_s for f in plant.frames if f.address == SETPOINT]
+        if fed and time.monotonic() - fed[-1] > 5.0:
+            lapses.append(time.monotonic())
+        return await plant.answer(tid, unit, pdu)
+
+    limits = {"refresh": "1s", "max_per_hour": 3600, "min_interval": "1s"}
+    async with site() as plant:
+        plant.field.behave[BATTERY] = deadman
+        plant.set(90.0)
+        with running(tmp_path, configuration(plant, {"peak": PEAK}, limits=limits)) as run:
+            await until(lambda: len(plant.values()) >= 9, "refreshes", 60.0)
+            plant.set(91.0)
+            await until(lambda: plant.values()[-1] == 31.0, "another value")
+            await until(lambda: plant.values().count(31.0) >= 3, "refreshes of it", 30.0)
+            plant.set(50.0)
+            await event(tmp_path, "authority", owner=None)
+            await stop(run)
+    assert lapses == []
+    pauses = [b.at_s - a.at_s for a, b in itertools.pairwise(plant.frames)]
+    assert min(pauses[:8]) > 0.9, "sooner than it must"
+    told = [(e["new"], e.get("ok"), e.get("repeats")) for e in records(tmp_path, "write")]
+    values = plant.values()
+    assert told == [
+        (30.0, None, None), (30.0, True, None), (30.0, True, values.count(30.0) - 1),
+        (31.0, None, None), (31.0, True, None), (31.0, True, values.count(31.0) - 1),
+        (0.0, None, None), (0.0, True, None),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("how", ["refuses", "clamps"])
 async def test_p8_a_write_that_fails_the_same_way_is_made_ever_more_rarely_and_said_once(
     tmp_path: Path, how: str

@@ -14,6 +14,7 @@ from edgegw.control.arbiter import Demand, arbitrate
 from edgegw.control.grid import Grid
 from edgegw.control.guard import RAMP_TICK_S, History, Limits, Refuse, Wait, Write, check, guard, settled
 from edgegw.control.guard import pace_s as guard_pace_s
+from edgegw.control.plant import Plant
 
 NUMBERS = st.floats(-100, 100).map(lambda x: round(x, 3))
 ANYTHING = st.one_of(
@@ -259,13 +260,13 @@ def perform(site: Site, number: int, act: Any) -> set[str]:
     return set()
 
 
-def check_writes(site: Site) -> None:
+def check_writes(site: Site, made: Plant = SITE) -> None:
     """Check every write of a story against the limits of its tag, from the plant's side."""
     by_tag: dict[str, list[tuple[float, Any, Any]]] = defaultdict(list)
     for at_s, name, value, before in site.written:
         by_tag[name].append((at_s, value, before))
     for name, writes in by_tag.items():
-        of = SITE.limits[name]
+        of = made.limits[name]
         assert of.writable
         for at_s, value, before in writes:
             assert check(of, value) is None
@@ -287,6 +288,78 @@ def check_ramp(of: Limits, writes: list[Any]) -> None:
     for (one_s, *_), (other_s, value, before) in itertools.pairwise(writes):
         assert of.ramp_per_s is not None
         assert abs(value - before) <= of.ramp_per_s * min(other_s - one_s, pace_s) + 1e-6
+
+
+FED, FED_PROBLEMS = plant(
+    {"src.a": "number", "out.x": "number writable min=0 max=50 refresh=5s min_interval=1s max_per_hour=1000 safe=1",
+     "out.y": "int writable max_step=10 refresh=3s"},
+    {"one": {"when": "src.a > 10.0", "do": {"out.x": "src.a", "out.y": 40.0}, "finally": {"out.y": 0.0}}},
+)  # fmt: skip
+TICKS = st.lists(
+    st.one_of(
+        st.just(("on",)),
+        st.tuples(st.just("a"), st.floats(0.0, 49.0)),
+        st.tuples(st.just("command"), st.floats(0.0, 50.0), st.none() | st.sampled_from([2.0, 20.0])),
+        st.tuples(st.just("broken"), st.booleans()),
+        st.tuples(st.just("away"), st.booleans()),
+        st.tuples(st.just("restart"), st.booleans()),
+        st.tuples(st.just("wait"), st.integers(2, 20)),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(TICKS)
+def test_p8_between_two_refreshes_there_is_no_more_than_refresh_and_a_cycle_while_the_device_answers(
+    story: list[Any],
+) -> None:
+    assert FED_PROBLEMS == []
+    site = Site(FED)
+    site.values = {"src.a": 0.0, "out.x": 0.0, "out.y": 0.0}
+    owned: dict[str, int] = {}
+    tick = 0
+    for act in [*story, ("wait", 20)]:
+        for _ in range(act[1] if act[0] == "wait" else 1):
+            tick += 1
+            site.until(float(tick))
+            fed_as_often_as_it_must(site, owned, tick)
+            feed(site, tick, act)
+            site.scan("src")
+            if site.away:
+                site.lose("out")
+            else:
+                site.scan("out")
+            site.cycles()
+    check_writes(site, FED)
+
+
+def feed(site: Site, tick: int, act: Any) -> None:
+    match act:
+        case ("a", value):
+            site.values["src.a"] = value
+        case ("command", value, lease_s):
+            site.command(f"c{tick}", {"out.x": value}, lease_s)
+        case ("broken", broken):
+            site.broken = {"out.x"} if broken else set()
+        case ("away", away):
+            site.away = {"out"} if away else set()
+        case ("restart", reboot):
+            site.restart(site.now_s, reboot=reboot)
+
+
+def fed_as_often_as_it_must(site: Site, owned: dict[str, int], tick: int) -> None:
+    """Check each setpoint that somebody has, and whose device answers and takes writes, against its last write."""
+    for name, of in FED.limits.items():
+        if not of.writable:
+            continue
+        if name not in site.state.owners or site.away or name in site.broken or site.state.failures.get(name):
+            owned.pop(name, None)
+            continue
+        since = owned.setdefault(name, tick)
+        assert of.refresh_s is not None
+        last = max((at_s for at_s, at, *_ in site.written if at == name), default=-inf)
+        assert tick - max(last, since) <= of.refresh_s + 1.0, (name, tick, last, since)
 
 
 def test_the_properties_see_writes() -> None:

@@ -101,6 +101,7 @@ def _limits(tag: Guard) -> Limits:
         tag.max_per_hour,
         tag.safe,
         grid_of(tag),
+        None if tag.refresh is None else tag.refresh.s,
     )
 
 

@@ -38,6 +38,8 @@ SAVE_S = 1.0
 """How soon timers that have begun or ended are saved; what was decided or done is saved at once."""
 SAY_S = 600.0
 """How often a write that goes on failing is said again, with its count."""
+REPEATS_S = 3600.0
+"""How often the ledger is told how many refreshes there were."""
 ANSWERS = 256
 """Answers kept for commands that a broker may deliver twice."""
 
@@ -74,6 +76,15 @@ class Trouble(NamedTuple):
     said_s: float
 
 
+class Repeats(NamedTuple):
+    """Refreshes of a setpoint since the ledger was told of them last."""
+
+    value: Scalar
+    cause: str
+    times: int
+    since_s: float
+
+
 class Controller:
     """Control as a service, with one inbox: `touch`, `command`."""
 
@@ -95,6 +106,7 @@ class Controller:
         self._timed = [rule for rule in plant.rules if rule.for_s]
         self._due = asyncio.Event()
         self._busy: dict[str, asyncio.Task[str | None]] = {}
+        self._repeats: dict[str, Repeats] = {}
         self._troubles: dict[str, Trouble] = {}
         self._settling: set[asyncio.Task[bool]] = set()
         self._done: dict[str, int] = {}
@@ -161,6 +173,8 @@ class Controller:
             self._saving.cancel()
         if self._busy:
             await asyncio.wait(list(self._busy.values()))
+        for setpoint in list(self._repeats):
+            self._repeated(setpoint)
         await self._memory.save(self._remembered())
 
     def cycle(self) -> float | None:
@@ -181,8 +195,13 @@ class Controller:
             return
         now_ms = clock.wall_ms()
         for name, fields in cycle.events:
+            if name == "authority":
+                self._repeated(fields["tag"])
             self._ledger.append(Event(now_ms, name, fields))
         for planned in cycle.writes:
+            if planned.repeat:
+                continue
+            self._repeated(planned.setpoint)
             fields = {
                 "tag": planned.setpoint,
                 "cause": planned.cause,
@@ -190,12 +209,35 @@ class Controller:
                 "new": planned.value,
             }
             self._ledger.append(Event(now_ms, "write", fields))
-        durable = asyncio.create_task(self._durable(PATIENCE_S))
-        self._settling.add(durable)
-        durable.add_done_callback(self._settling.discard)
+        durable = self._begin_durable() if cycle.events or any(map(self._counts, cycle.writes)) else None
         for planned in cycle.writes:
             task = asyncio.create_task(self._carry_out(planned, durable), name=f"write {planned.setpoint}")
             self._busy[planned.setpoint] = task
+
+    def _counts(self, planned: Planned) -> bool:
+        """Tell whether a write must be durable before it is made: one that is told, or counted over restarts."""
+        limits = self._plant.limits[planned.setpoint]
+        return not planned.repeat or limits.max_per_hour is not None or limits.min_interval_s > 0.0
+
+    def _begin_durable(self) -> asyncio.Task[bool]:
+        durable = asyncio.create_task(self._durable(PATIENCE_S))
+        self._settling.add(durable)
+        durable.add_done_callback(self._settling.discard)
+        return durable
+
+    def _repeated(self, setpoint: str) -> None:
+        """Tell the ledger how often a setpoint was refreshed since it was told last, if it was."""
+        if (repeats := self._repeats.pop(setpoint, None)) is not None:
+            fields = {"tag": setpoint, "cause": repeats.cause, "new": repeats.value, "ok": True}
+            self._ledger.append(Event(clock.wall_ms(), "write", fields | {"repeats": repeats.times}))
+
+    def _refreshed(self, planned: Planned) -> None:
+        """Count a refresh that was confirmed; each hour the ledger is told."""
+        now_s = clock.mono_s()
+        was = self._repeats.get(planned.setpoint) or Repeats(planned.value, planned.cause, 0, now_s)
+        self._repeats[planned.setpoint] = was._replace(times=was.times + 1)
+        if now_s - was.since_s >= REPEATS_S:
+            self._repeated(planned.setpoint)
 
     def _save_soon(self) -> None:
         """Have what must survive saved within SAVE_S, if it has changed or a timer runs."""
@@ -219,9 +261,12 @@ class Controller:
             return False
         return saved
 
-    async def _carry_out(self, planned: Planned, durable: asyncio.Task[bool]) -> str | None:
-        """Write once, read back, and journal what came of it; return what went wrong."""
-        in_time = await asyncio.shield(durable)
+    async def _carry_out(self, planned: Planned, durable: asyncio.Task[bool] | None) -> str | None:
+        """Write once, read back, and journal what came of it; return what went wrong.
+
+        A refresh that is confirmed is only counted.
+        """
+        in_time = durable is None or await asyncio.shield(durable)
         device, _, tag = planned.setpoint.partition(".")
         outcome: dict[str, Any] = {"tag": planned.setpoint, "cause": planned.cause, "new": planned.value}
         error: str | None = None
@@ -238,6 +283,11 @@ class Controller:
         finally:
             self._busy.pop(planned.setpoint, None)
             self._due.set()
+        if planned.repeat and error is None:
+            self._noted(planned, None)
+            self._refreshed(planned)
+            return None
+        self._repeated(planned.setpoint)
         outcome |= {"ok": error is None} | ({"error": error} if error else {})
         if not in_time:
             outcome["late"] = True  # the act went first: the entry of the intent was not yet durable

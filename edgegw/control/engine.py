@@ -27,6 +27,8 @@ class Planned(NamedTuple):
     value: Scalar
     old: Scalar | None
     cause: str
+    repeat: bool = False
+    """Whether the setpoint holds it already, by our own writing: a refresh."""
 
 
 class Cycle(NamedTuple):
@@ -114,8 +116,12 @@ class _Step:
         winners = arbiter.arbitrate(demands)
         self._authority(winners)
         for demand in winners.values():
-            if demand.value is not None and demand.setpoint not in self.busy and not self._reached(demand):
+            if demand.setpoint in self.busy or self._reached(demand):
+                continue
+            if demand.value is not None:
                 self._guarded(demand, demand.value)
+            elif demand.cause != "failsafe":
+                self._kept(demand)
         for setpoint in [at for at in self.refusals if at not in winners]:
             del self.refusals[setpoint]
         state = State(
@@ -227,8 +233,12 @@ class _Step:
             for setpoint, value in wanted.items():
                 demand = Demand(setpoint, f"rule:{rule.name}", rule.priority, value, f"rule:{rule.name}")
                 if not decided:
-                    safe = self.plant.limits[setpoint].safe if unsafe else None
-                    demand = demand._replace(value=safe, cause="failsafe")
+                    safe = self.plant.limits[setpoint].safe
+                    demand = (
+                        demand._replace(value=safe, cause="failsafe")
+                        if unsafe
+                        else demand._replace(value=None)
+                    )
                 yield demand
         self.judged[rule.name] = state
 
@@ -286,9 +296,11 @@ class _Step:
 
     def _guarded(self, demand: Demand, wanted: Scalar) -> None:
         setpoint, limits = demand.setpoint, self.plant.limits[demand.setpoint]
-        history = self.histories.get(setpoint, History())
         now_held = self._present(setpoint)
         if self._holds(setpoint, wanted):
+            if limits.refresh_s is not None:
+                self._refresh(demand, wanted, limits.refresh_s)
+                return
             self.refusals.pop(setpoint, None)
             self.failures.pop(setpoint, None)
             self.memo.reached[setpoint] = (demand, self.image.get(setpoint.partition(".")[0]))
@@ -304,6 +316,45 @@ class _Step:
             self.due.append(unread_until_s)
             self.unread.add(setpoint)
             return  # it may hold what is wanted already
+        self._write(demand, wanted, now_held, failure)
+
+    def _kept(self, demand: Demand) -> None:
+        """Have a setpoint that keeps its value for a while go on holding it, where its device lets go by itself."""
+        kept = self._present(demand.setpoint)
+        if kept is not None and self._holds(demand.setpoint, kept):
+            self._guarded(demand, kept)
+
+    def _refresh(self, demand: Demand, wanted: Scalar, refresh_s: float) -> None:
+        """Write what the setpoint holds once more when that is due: also when nobody knows what its device made of it.
+
+        That is so where it was not written by us since the start, or the device was away since.
+        """
+        history = self.histories.get(demand.setpoint, History())
+        latest, failure = self.image.get(demand.setpoint.partition(".")[0]), self._failure(demand.setpoint)
+        due_s = self.now_s
+        if history.at_s is not None and failure is not None:
+            due_s = min(history.at_s + refresh_s, failure.retry_s(wanted, demand.cause))
+        elif history.at_s is not None and history.value is not None:
+            away = latest is not None and latest.since_s > history.at_s
+            due_s = self.now_s if away else history.at_s + refresh_s
+        if due_s > self.now_s:
+            self.refusals.pop(demand.setpoint, None)
+            self.due.append(due_s)
+            return
+        self._write(demand, wanted, wanted, None, repeat=history.value is not None)
+
+    def _write(
+        self,
+        demand: Demand,
+        wanted: Scalar,
+        now_held: Scalar | None,
+        failure: Failure | None,
+        *,
+        repeat: bool = False,
+    ) -> None:
+        """Ask the guard, and do as it says."""
+        setpoint, limits = demand.setpoint, self.plant.limits[demand.setpoint]
+        history = self.histories.get(setpoint, History())
         verdict = guard(limits, history, now_held, wanted, self.now_s)
         if isinstance(verdict, Refuse):
             self._refused(demand, wanted, verdict)
@@ -318,7 +369,7 @@ class _Step:
         else:
             self.refusals.pop(setpoint, None)
             self.histories[setpoint] = history.wrote(verdict.value, self.now_s, limits.max_per_hour)
-            self.writes.append(Planned(setpoint, verdict.value, now_held, demand.cause))
+            self.writes.append(Planned(setpoint, verdict.value, now_held, demand.cause, repeat))
             if not verdict.final:
                 self.due.append(self.now_s + pace_s(limits))
 

@@ -23,6 +23,8 @@ class Limits(NamedTuple):
     safe: Scalar | None = None
     grid: Grid = Grid()
     """What the device's register can hold."""
+    refresh_s: float | None = None
+    """How often a value is written again while somebody has the setpoint."""
 
     @property
     def resolution(self) -> float:

@@ -177,7 +177,8 @@ class Replay:
             for planned in cycle.writes:
                 self._state = state.confirmed(self._state, planned.setpoint, self._now_s)
                 self._kept[planned.setpoint] = planned.value
-                self.setpoints[planned.setpoint].wrote(planned.value, planned.cause)
+                if not planned.repeat:
+                    self.setpoints[planned.setpoint].wrote(planned.value, planned.cause)
                 self.setpoints[planned.setpoint].holds(self._ts(), planned.value)
             if not cycle.writes:
                 return
