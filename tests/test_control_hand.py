@@ -30,7 +30,7 @@ from rig import MOSQUITTO, ROOT, Process, free_port, mosquitto
 
 from edgegw.control.commands import COMMAND_BYTES
 from edgegw.control.hand import CONNECTIONS, HandService, address
-from edgegw.domain.command import Reply
+from edgegw.domain.command import Peer, Reply
 from edgegw.runtime.lock import held
 
 FOLLOW = {"when": "meter.kw > 80.0", "priority": 200, "do": {"battery.setpoint": 30.0}}
@@ -41,7 +41,8 @@ FOLLOW = {"when": "meter.kw > 80.0", "priority": 200, "do": {"battery.setpoint":
 
 @asynccontextmanager
 async def service(path: Path, obeyed: list[bytes]) -> AsyncIterator[None]:
-    async def obey(line: bytes) -> Reply:
+    async def obey(line: bytes, by: Peer) -> Reply:
+        assert by == Peer(os.getuid(), os.getpid())
         obeyed.append(line)
         return Reply("x", True)
 
@@ -158,6 +159,9 @@ async def test_a_running_gateway_writes_holds_and_refuses(tmp_path: Path) -> Non
             assert (code, answer["error"]) == (1, "battery.setpoint: rule:follow has authority")
             await stop(run)
     commands = records(tmp_path, "command")
+    assert {e["uid"] for e in commands} == {os.getuid()}
+    assert len({e["pid"] for e in commands}) == len(commands), "each was asked by a process of its own"
+    assert [e["write"] for e in commands][2:4] == [{"battery.setpoint": 60.0}, {"meter.kw": 1.0}]
     assert [(e["id"].startswith("hand-"), e["ok"]) for e in commands] == [
         (True, ok) for ok in (True, True, False, False, False)
     ]
@@ -259,6 +263,8 @@ async def test_without_a_gateway_one_step_is_written_and_ledgered(tmp_path: Path
         (17.0, None),
         (17.0, True),
     ]
+    assert {e["uid"] for e in records(tmp_path, "command")} == {os.getuid()}
+    assert all(e["uid"] == os.getuid() and e["pid"] for e in records(tmp_path, "write-refused") if "uid" in e)
     assert [e["rule"] for e in records(tmp_path, "rule-on")] == ["plain"], "the rule was remembered"
     with Process(
         sys.executable, "-m", "edgegw", "journal", "verify", "-c", str(tmp_path / "config.toml")

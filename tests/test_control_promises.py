@@ -253,7 +253,11 @@ async def test_p8_no_write_goes_out_but_to_a_writable_tag_within_its_limits_and_
     check_ledger(tmp_path, plant.frames, intents)
     assert {e["reason"] for e in records(tmp_path, "write-refused")} == {"440 is above max 50"}
     assert [e["id"] for e in records(tmp_path, "command") if e["ok"]] == ["g1"]
-    assert len([e for e in records(tmp_path, "command") if not e["ok"]]) == len(bad)
+    refused = [e for e in records(tmp_path, "command") if not e["ok"]]
+    assert len(refused) == len(bad)
+    assert [e["write"] for e in refused[:3]] == [
+        {"battery.setpoint": 51.0}, {"battery.setpoint": -50.5}, {"meter.kw": 1.0},
+    ]  # fmt: skip
 
 
 def check_ledger(folder: Path, frames: list[Frame], intents: list[bool]) -> None:
@@ -488,8 +492,9 @@ async def test_p8_a_command_whose_id_cannot_be_kept_is_not_acted_on(tmp_path: Pa
     rules = {"plain": {"when": "meter.kw > 80.0", "do": {"battery.plain": 5.0}}}
     async with site() as plant:
         made = configuration(plant, rules, broker_port=port)
-        memory = tmp_path / "journal.db.control.new"
-        memory.mkdir()  # nothing can be written there
+        blocked = [tmp_path / "journal.db.ids", tmp_path / "journal.db.control.new"]
+        for file in blocked:
+            file.mkdir()  # nothing can be written there
         with mosquitto(tmp_path, port), Operator(port) as operator, running(tmp_path, made) as run:
             await event(tmp_path, "link", state="online")
             answer = await operator.ask(command("a", {"battery.setpoint": 10.0}))
@@ -499,7 +504,8 @@ async def test_p8_a_command_whose_id_cannot_be_kept_is_not_acted_on(tmp_path: Pa
             )
             plant.set(90.0)
             await until(lambda: plant.values(PLAIN) == [5.0], "the rule")
-            memory.rmdir()
+            for file in blocked:
+                file.rmdir()
             assert (await operator.ask(command("b", {"battery.setpoint": 11.0})))["ok"]
             await stop(run)
     assert plant.values() == [11.0]
@@ -572,6 +578,38 @@ async def test_p7_a_command_without_a_lease_does_not_come_back_after_a_reboot(tm
             await plant.scanned(10, BATTERY)
             await stop(second)
     assert plant.values() == [40.0, 2.0]
+
+
+@needs_faketime
+@needs_broker
+async def test_p8_a_clock_that_stands_before_the_journals_records_lets_no_command_act(tmp_path: Path) -> None:
+    """The gateway comes up two days back, with nothing to synchronise it: an expired command would act again."""
+    port = free_port()
+    fake = (
+        "env",
+        f"LD_PRELOAD={FAKETIME}",
+        "FAKETIME=-2d",
+        "FAKETIME_DONT_FAKE_MONOTONIC=1",
+        "DONT_FAKE_MONOTONIC=1",
+    )
+    async with site() as plant:
+        made = configuration(plant, {}, broker_port=port)
+        with mosquitto(tmp_path, port), Operator(port) as operator:
+            with running(tmp_path, made) as first:
+                await event(tmp_path, "link", state="online")
+                assert (await operator.ask(command("a", {"battery.setpoint": 1.0})))["ok"]
+                await stop(first)
+            with running(tmp_path, made, *fake) as second:
+                await event(tmp_path, "link", 2, state="online")
+                day_ms = 86_400_000
+                answer = await operator.ask(
+                    command("b", {"battery.setpoint": 2.0}, expires_ms=60_000 - 2 * day_ms)
+                )
+                assert (answer["ok"], "the gateway's clock says" in answer["error"]) == (False, True), answer
+                await stop(second)
+    assert set(plant.values()) == {1.0}
+    (refused,) = [e for e in records(tmp_path, "command") if not e["ok"]]
+    assert refused["write"] == {"battery.setpoint": 2.0}
 
 
 # -- kills -----------------------------------------------------------------------------------------------------------

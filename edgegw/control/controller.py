@@ -5,7 +5,6 @@ before it is done. A disk that does not take the entry in time does not stop the
 """
 
 import asyncio
-import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from math import inf
@@ -16,13 +15,13 @@ import msgspec
 from edgegw import clock
 from edgegw.control import commands, engine, state
 from edgegw.control.engine import Cycle, Planned
-from edgegw.control.guard import same
+from edgegw.control.guard import Limits, same
 from edgegw.control.memory import Memory, MemoryFile, decode
 from edgegw.control.plant import Plant
 from edgegw.control.present import present
 from edgegw.control.rule import LinkState
 from edgegw.control.state import State
-from edgegw.domain.command import Replay, ReplayCommand, Reply, WriteCommand
+from edgegw.domain.command import Reply, WriteCommand
 from edgegw.domain.image import Image
 from edgegw.domain.record import Event, Record
 from edgegw.domain.tag import Scalar, Value
@@ -32,16 +31,12 @@ log = logging.getLogger(__name__)
 
 PATIENCE_S = 0.005
 """How long an act waits for its entry to be durable."""
-COMMAND_PATIENCE_S = 5.0
-"""How long a command waits for its id to be durable; without that it is not acted on."""
 SAVE_S = 1.0
 """How soon timers that have begun or ended are saved; what was decided or done is saved at once."""
 SAY_S = 600.0
 """How often a write that goes on failing is said again, with its count."""
 REPEATS_S = 3600.0
 """How often the ledger is told how many refreshes there were."""
-ANSWERS = 256
-"""Answers kept for commands that a broker may deliver twice."""
 
 
 class Ledger(Protocol):
@@ -53,18 +48,6 @@ class Ledger(Protocol):
 
     async def flush(self) -> None:
         """Return when all of that is durable."""
-        ...
-
-
-class Replayer(Protocol):
-    """What control needs of the uplink."""
-
-    async def plan(self, asked: ReplayCommand) -> Replay | str:
-        """Return what a replay would send, or why there can be none."""
-        ...
-
-    def start(self, replay: Replay) -> bool:
-        """Have a replay sent; False if too many are under way."""
         ...
 
 
@@ -86,11 +69,11 @@ class Repeats(NamedTuple):
 
 
 class Controller:
-    """Control as a service, with one inbox: `touch`, `command`."""
+    """Control as a service; `touch` says that there is something new, `obey` gives a command its setpoints."""
 
     def __init__(
         self, plant: Plant, image: Image, ledger: Ledger, link: Callable[[], LinkState],
-        write: Callable[[str, str, Scalar], Awaitable[Value]], memory: MemoryFile, replayer: Replayer,
+        write: Callable[[str, str, Scalar], Awaitable[Value]], memory: MemoryFile,
         held_types: Callable[[str], Mapping[str, str] | None],
     ) -> None:  # fmt: skip
         self.state = State()
@@ -109,16 +92,18 @@ class Controller:
         self._repeats: dict[str, Repeats] = {}
         self._troubles: dict[str, Trouble] = {}
         self._settling: set[asyncio.Task[bool]] = set()
-        self._done: dict[str, int] = {}
-        self._answers: dict[bytes, asyncio.Future[Reply]] = {}
         self._saved: tuple[object, ...] = ()
         self._saving: asyncio.TimerHandle | None = None
-        self._leaving = False
+        self.leaving = False
         self._memory = memory
-        self._replayer = replayer
         self._devices = {name.partition(".")[0] for rule in plant.rules for name in rule.inputs}
         self._devices |= {name.partition(".")[0] for name, limits in plant.limits.items() if limits.writable}
         self._restore(memory.load())
+
+    @property
+    def limits(self) -> Mapping[str, Limits]:
+        """What is known of writing each tag."""
+        return self._plant.limits
 
     def touch(self, device: str) -> None:
         """Say that a device has new readings, or none any more."""
@@ -168,7 +153,7 @@ class Controller:
 
     async def settle(self) -> None:
         """Take no more commands, wait for the writes that are on their way, and save what must survive."""
-        self._leaving = True
+        self.leaving = True
         if self._saving is not None:
             self._saving.cancel()
         if self._busy:
@@ -241,7 +226,7 @@ class Controller:
 
     def _save_soon(self) -> None:
         """Have what must survive saved within SAVE_S, if it has changed or a timer runs."""
-        if self._saving is not None or self._leaving:
+        if self._saving is not None or self.leaving:
             return
         if self._lasting() != self._saved or state.counting(self._timed, self.state, clock.mono_s()):
             self._saving = asyncio.get_running_loop().call_later(SAVE_S, self._save_now)
@@ -319,74 +304,11 @@ class Controller:
 
     # -- commands ----------------------------------------------------------------------------------------
 
-    async def command(self, payload: bytes, *, retained: bool = False, by_hand: bool = False) -> Reply:
-        """Act on a command once, and answer it; the same message once more gets the same answer."""
-        message = hashlib.sha256(payload).digest()
-        again = self._answers.get(message)
-        if again is not None and not retained:
-            return await asyncio.shield(again)
-        answer = asyncio.ensure_future(self._command(payload, retained, by_hand))
-        if not retained:
-            self._answers[message] = answer
-        while len(self._answers) > ANSWERS:
-            del self._answers[next(iter(self._answers))]
-        return await asyncio.shield(answer)
-
-    async def _command(self, payload: bytes, retained: bool, by_hand: bool) -> Reply:
-        now_ms = clock.wall_ms()
-        asked = commands.read(
-            payload, retained=retained, by_hand=by_hand, limits=self._plant.limits, done=self._done,
-            now_ms=now_ms,
-        )  # fmt: skip
-        if isinstance(asked, Reply):
-            return self._answered(asked)
-        if isinstance(asked, ReplayCommand):
-            return self._answered(await self._replay(asked))
-        if (objection := self._objection(asked)) is not None:
-            return self._answered(Reply(asked.id, False, objection))
-        self._done = {**commands.remembered(self._done, now_ms), asked.id: asked.expires_ms}
-        fields = {
-            "id": asked.id,
-            "write": asked.writes,
-            "expires": asked.expires_ms,
-            "lease_s": asked.lease_s,
-        }
-        self._ledger.append(Event(now_ms, "command", {**fields, "ok": True}))
-        if not await self._durable(COMMAND_PATIENCE_S):
-            return self._answered(Reply(asked.id, False, "the journal cannot take it; nothing was written"))
-        if asked.expires_ms <= clock.wall_ms():
-            return self._answered(Reply(asked.id, False, "expired before it could be journaled"))
-        return self._answered(await self._obey(asked))
-
-    def _answered(self, reply: Reply) -> Reply:
-        if not reply.ok:
-            self._ledger.append(Event(clock.wall_ms(), "command", reply.wire()))
-        return reply
-
-    async def _replay(self, asked: ReplayCommand) -> Reply:
-        """Have records sent again; the id counts as expired at once, and is remembered for so long from now."""
-        replay = await self._replayer.plan(asked)
-        if self._leaving:
-            replay = "the gateway is stopping or taking up a new configuration; nothing is sent"
-        if isinstance(replay, str):
-            return Reply(asked.id, False, replay)
-        if asked.id in self._done:
-            return Reply(asked.id, False, "this id was already acted on")
-        now_ms = clock.wall_ms()
-        self._done = {**commands.remembered(self._done, now_ms), asked.id: now_ms}
-        what = {"stream": asked.stream, "from": replay.first, "to": replay.last}
-        self._ledger.append(Event(now_ms, "command", {"id": asked.id, "replay": what, "ok": True}))
-        if not await self._durable(COMMAND_PATIENCE_S):
-            return Reply(asked.id, False, "the journal cannot take it; nothing is sent")
-        if not self._replayer.start(replay):
-            return Reply(asked.id, False, "busy with other replays; try again later with another id")
-        return Reply(asked.id, True, replay=replay)
-
-    async def _obey(self, asked: WriteCommand) -> Reply:
+    async def obey(self, asked: WriteCommand) -> Reply:
         """Give the command its hold, run a cycle, and wait for what it writes."""
         while busy := [self._busy[setpoint] for setpoint in asked.writes if setpoint in self._busy]:
             await asyncio.wait(busy)
-        if (objection := self._objection(asked)) is not None:
+        if (objection := self.objection(asked)) is not None:
             return Reply(asked.id, False, objection)
         self.state = self._given(asked)
         self.cycle()
@@ -400,9 +322,9 @@ class Controller:
                 return Reply(asked.id, False, f"{setpoint}: not confirmed: {error}; it is tried again")
         return Reply(asked.id, True)
 
-    def _objection(self, asked: WriteCommand) -> str | None:
+    def objection(self, asked: WriteCommand) -> str | None:
         """Say why the command cannot have its setpoints now, from a cycle that is only tried."""
-        if self._leaving:
+        if self.leaving:
             return "the gateway is stopping or taking up a new configuration; nothing was written"
         owner, image, busy = f"command:{asked.id}", self._image.frozen(), frozenset(self._busy)
         given = self._given(asked)
@@ -440,13 +362,12 @@ class Controller:
 
     def _remembered(self) -> bytes:
         self._saved = self._lasting()
-        return msgspec.json.encode(Memory(clock.boot_id(), self.state, self._done, clock.mono_s()))
+        return msgspec.json.encode(Memory(clock.boot_id(), self.state, clock.mono_s()))
 
     def _restore(self, memory: bytes | None) -> None:
         """Take up what was remembered; rules and setpoints that are no more are let go."""
         boot, now_s = clock.boot_id(), clock.mono_s()
-        known = decode(memory) or Memory(boot, State(), {}, now_s)
-        self._done = known.done
+        known = decode(memory) or Memory(boot, State(), now_s)
         self.state = state.restored(
             known.state, self._plant, now_s, saved_s=known.saved_s, same_boot=known.boot == boot,
             reload=self._memory.in_process,
