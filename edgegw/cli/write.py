@@ -16,9 +16,9 @@ from edgegw.errors import JournalError, NoAnswer
 
 if TYPE_CHECKING:
     from edgegw.config.schema import Config
-    from edgegw.control.engine import Plant
     from edgegw.control.guard import Limits
     from edgegw.control.hand import Alone
+    from edgegw.control.plant import Plant
     from edgegw.domain.tag import Scalar
 
 EXPIRES_MS = 30_000

@@ -1,8 +1,8 @@
 """The port between the gateway and a field device."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from edgegw.domain.record import Scan
 from edgegw.domain.tag import Scalar, Value
@@ -45,3 +45,11 @@ class Driver(Protocol):
     async def check(self) -> str:
         """Connect if need be, read once, and return a line that says what was found."""
         ...
+
+
+@runtime_checkable
+class LearnsTypes(Protocol):
+    """A driver that learns from its device in which types this holds what may be written."""
+
+    held_types: Mapping[str, str]
+    """The contract's type of each writable number, by tag; another mapping whenever they were learnt anew."""

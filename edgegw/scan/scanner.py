@@ -71,9 +71,10 @@ class Scanner:
         if self._failures or self.state == "unknown":
             self._answered()
         held = self._driver.period_s is None
-        at_s = clock.mono_s() if held else began_s
+        now_s = clock.mono_s()
+        at_s = now_s if held else began_s
         for scan in scans:
-            self._image.take(scan, at_s, held=held)
+            self._image.take(scan, at_s, held=held, seen_s=now_s)
             self.readings += len(scan.values)
             self.last_ts = scan.ts
         self._touched(self.name)  # control first: it must not wait for anything else
