@@ -112,7 +112,9 @@ class Headroom:
         self._looked_s = clock.mono_s()
         if not self._ballast.hold():
             if not self.confined:
-                log.error("journal: the disk is nearly full; what is left is used up, then old batches go for new ones")
+                log.error(
+                    "journal: the disk is nearly full; what is left is used up, then old batches go for new ones"
+                )
             store.confine()
             self.confined = True
         elif self.confined:
