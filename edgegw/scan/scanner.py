@@ -25,7 +25,7 @@ class Scanner:
 
     def __init__(
         self, name: str, driver: Driver, append: Callable[[Record], None], image: Image,
-        touched: Callable[[str], None], reporter: Reporter | None = None,
+        touched: Callable[[str], None], reporter: Reporter | None = None, delay_s: float = 0.0,
     ) -> None:  # fmt: skip
         self.name = name
         self.state = "unknown"
@@ -37,6 +37,7 @@ class Scanner:
         self._image = image
         self._touched = touched
         self._reporter = reporter
+        self._delay_s = delay_s
         self._failures = 0
         self._down_since = 0.0
 
@@ -45,7 +46,7 @@ class Scanner:
         period_s = self._driver.period_s
         pause = Pause()
         async with self._driver as driver:
-            due = schedule.Due(schedule.first(self.name, clock.mono_s(), period_s or 0.0), 0)
+            due = schedule.Due(clock.mono_s() + self._delay_s, 0)
             while True:
                 if period_s is not None:
                     await pause(due.at_s - clock.mono_s())

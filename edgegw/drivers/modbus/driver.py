@@ -127,6 +127,7 @@ class ModbusDriver:
                 if self._alone:
                     await self._join(own=False)
                 raise
+        transport.check(self._config.unit)
         try:
             return await self._read_all(transport)
         except Spoilt:
