@@ -273,49 +273,6 @@ async def test_a_real_servers_refusals() -> None:
         assert (await scanned(driver)).values == {"n": 7}
 
 
-async def test_a_hole_is_found_once_and_read_around_from_then_on() -> None:
-    """Registers 4 and 5 are not there; the server refuses every read that touches them."""
-    holed = SimDevice(
-        1,
-        [
-            SimData(0, values=[10, 11, 12, 13], datatype=DataType.REGISTERS),
-            SimData(6, values=[16, 17], datatype=DataType.REGISTERS),
-        ],
-    )
-    asked: list[tuple[int, int]] = []
-
-    def saw(sending: bool, pdu: Any) -> Any:
-        if not sending:
-            asked.append((pdu.address, pdu.count))
-        return pdu
-
-    tags = {f"r{i}": {"address": f"holding:{i}", "type": "uint16"} for i in range(8)}
-    async with (
-        served(holed, trace_pdu=saw) as (_, port, _),
-        drivers(config(f"tcp://127.0.0.1:{port}", tags)) as (driver,),
-    ):
-        scans = [await scanned(driver) for _ in range(3)]
-    for scan in scans:
-        assert scan.values == {f"r{i}": None if i in (4, 5) else 10 + i for i in range(8)}
-        assert scan.quality == {"r4": "bad:illegal-address", "r5": "bad:illegal-address"}
-    singles = [(i, 1) for i in range(8)]
-    assert asked == [(0, 8), *singles * 3]
-
-
-async def test_a_device_that_takes_only_short_reads_is_read_tag_by_tag() -> None:
-    async with field() as made:
-        too_long = made.exception(3)
-
-        async def short_only(tid: int, unit: int, pdu: bytes) -> bytes | None:
-            return await (made.well if pdu[4] <= 2 else too_long)(tid, unit, pdu)
-
-        made.behave[1] = short_only
-        tags = {f"f{i}": {"address": f"holding:{2 * i}", "type": "float32"} for i in range(4)}
-        async with drivers(config(f"tcp://127.0.0.1:{made.port}", tags)) as (driver,):
-            assert (await scanned(driver)).quality is None
-            assert [pdu[4] for _, pdu in made.requests] == [8, 2, 2, 2, 2]
-
-
 async def test_a_request_has_a_deadline_of_its_own() -> None:
     """Every answer takes two thirds of the time-out: five reads take longer than one time-out, and are fine."""
     async with (
