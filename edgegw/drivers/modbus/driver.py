@@ -66,6 +66,7 @@ class ModbusDriver:
 
     def __init__(self, name: str, config: ModbusDevice, sessions: Sessions[Transport]) -> None:
         self.period_s: float | None = config.every.s
+        self.on_connected: Callable[[], None] = lambda: None
         self._name = name
         self._config = config
         self._sessions = sessions
@@ -133,7 +134,12 @@ class ModbusDriver:
         """Use the connection that the unit shares with its neighbours, or one of its own."""
         self._session = None  # a write meanwhile is told so, instead of waiting for one that ends
         await self._stack.aclose()
-        lease = self._sessions.lease(self._config.url, self._timeout_s, own=self._unit if own else None)
+        lease = self._sessions.lease(
+            self._config.url,
+            self._timeout_s,
+            lambda: self.on_connected(),
+            own=self._unit if own else None,
+        )
         self._session = await self._stack.enter_async_context(lease)
         self._alone = own
 
