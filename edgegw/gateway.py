@@ -36,6 +36,7 @@ from edgegw.runtime.notify import Notifier
 from edgegw.runtime.supervisor import Supervisor
 from edgegw.scan.report import reporter
 from edgegw.scan.scanner import Scanner
+from edgegw.scan.schedule import first_delays
 from edgegw.series.build import specs
 from edgegw.series.windows import Windows
 from edgegw.status.server import StatusServer
@@ -79,7 +80,10 @@ class Gateway:
             specs(config), self._journal, self._image, lambda name: self._control.touch(name)
         )
         self._notifier = Notifier()
-        self._scanners = {name: self._scanner(name, device) for name, device in config.device.items()}
+        delays = first_delays(config.device)
+        self._scanners = {
+            name: self._scanner(name, device, delays[name]) for name, device in config.device.items()
+        }
 
     async def run(self) -> None:
         """Run until SIGTERM or SIGINT; raise HeldError if another process has the journal."""
@@ -142,7 +146,7 @@ class Gateway:
                 f"journal {self._journal.path}: stopped with records that could not be written"
             )
 
-    def _scanner(self, name: str, device: AnyDevice) -> Scanner:
+    def _scanner(self, name: str, device: AnyDevice, delay_s: float) -> Scanner:
         driver = self._drivers.make(name, device)
         if isinstance(driver, LearnsTypes):
             self._learning[name] = driver
@@ -153,6 +157,7 @@ class Gateway:
             self._image,
             lambda device: self._control.touch(device),
             reporter(device),
+            delay_s,
         )
 
     def _record(self, record: Record) -> None:
@@ -228,8 +233,9 @@ class Gateway:
         if specs(old) != specs(config):
             self._windows.reload(specs(config))
         self._record(Event(clock.wall_ms(), "config", {"ok": True, "stopped": gone, "started": come}))
+        delays = first_delays(config.device)
         for name in come:
-            self._scanners[name] = self._scanner(name, config.device[name])
+            self._scanners[name] = self._scanner(name, config.device[name], delays[name])
             self._services.start(f"device.{name}", self._scanners[name].run)
         if (old.device, old.rule, old.window) != (config.device, config.rule, config.window):
             await self._services.stop("control")  # it takes up what it remembers, under the new rules

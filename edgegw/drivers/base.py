@@ -1,6 +1,6 @@
 """The port between the gateway and a field device."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
@@ -19,6 +19,9 @@ class Driver(Protocol):
     period_s: float | None
     """Seconds between the starts of two scans; None if the device itself says when (a subscription)."""
 
+    on_connected: Callable[[], None]
+    """Called whenever a connection has been made; the scanner sets it, to scan at once after an outage."""
+
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(
@@ -28,7 +31,8 @@ class Driver(Protocol):
     async def scan(self) -> Sequence[Scan]:
         """Return the device's next readings: one scan, or one for each timestamp the source gave.
 
-        A polled device is read now. A subscribed device returns when readings have come.
+        A polled device is read now. A subscribed device returns when readings have come, and raises once for each
+        loss and each failed attempt to connect.
         """
         ...
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -37,6 +37,7 @@ class OpcUaDriver:
 
     def __init__(self, name: str, config: OpcUaDevice, *, queue_most: int = QUEUE_MOST) -> None:
         self.period_s: float | None = config.every.s if config.mode == "poll" else None
+        self.on_connected: Callable[[], None] = lambda: None
         self._name = name
         self._config = config
         self._points = Points(name, config.tags)
@@ -186,6 +187,7 @@ class OpcUaDriver:
                 await self._subscribe(connection)
             up_s = clock.mono_s()
             self._up(connection)
+            self.on_connected()
             error = await connection.lost()
             self._down(error)
         except DeviceError as failed:
