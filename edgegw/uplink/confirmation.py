@@ -51,6 +51,10 @@ class Confirmation:
             await self._came.wait()
             self._came.clear()
             received, self._received = self._received, Ranges()
+            received = received.common(self._journal.published())  # who confirms more makes it up
+            if not received:
+                continue
+            self._note_receiver()
             try:
                 settled = await self._journal.acknowledge_ranges(self._feeder.stream, received)
             except JournalError as error:
@@ -59,6 +63,14 @@ class Confirmation:
                 await asyncio.sleep(1.0)
             else:
                 self._confirmed(settled)
+
+    def _note_receiver(self) -> None:
+        if not self._journal.end_to_end:
+            log.info(
+                "uplink %s: a receiver confirms this stream; from now on only its receipts settle batches",
+                self._url,
+            )
+            self._journal.note_end_to_end()
 
     def _confirmed(self, settled: Ranges) -> None:
         now_s = clock.mono_s()
