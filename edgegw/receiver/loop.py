@@ -24,7 +24,8 @@ WAIT_S = 0.2
 """How long a turn waits for the broker: the most that a signal to stop goes unnoticed."""
 STABLE_S = 20.0
 """How long a connection must have held, from its attempt, for the next to come without a wait."""
-RETRY_MAX_S = 30.0
+RETRY_MAX_S = 5.0
+"""The longest pause between two attempts: no longer than a gateway's, which sends its backlog as soon as it is back."""
 GIVE_UP_S = 60.0
 """How long to go without a broker where an end was asked for."""
 SAY_S = 30.0

@@ -129,11 +129,17 @@ class UplinkService:
             except UplinkError as error:
                 if not isinstance(error, mqtt.Unreachable):
                     self._spoken.pop(url, None)
-                failures.append(str(error))
+                failures.append(f"{error}{self._hint(error)}")
             else:
                 self._spoken[url] = connection.protocol
                 return connection
         raise UplinkError("; ".join(failures))
+
+    def _hint(self, error: UplinkError) -> str:
+        """Return what to add to a failure for the operator."""
+        if isinstance(error, mqtt.ProtocolRefused) and self._config.uplink.acknowledge == "subscriber":
+            return '; acknowledge = "subscriber" needs MQTT 5, which this broker does not speak: use "auto"'
+        return ""
 
     def _failed(self, state: RetryCallState) -> None:
         self._failures += 1
