@@ -7,13 +7,17 @@ PUBLISH, PUBACK = 3, 4
 
 
 class LossyProxy:
-    """Passes packets on, but for those of the kinds in `lose`, which it counts in `lost`."""
+    """Passes packets on, but for those of the kinds in `lose`, which it counts in `lost`.
+
+    A PUBLISH (QoS 1) of more than `discard_above` bytes is acknowledged and goes no farther.
+    """
 
     def __init__(self, to_port: int) -> None:
         self.port = 0
         self.connections = 0
         self.lose: set[int] = set()
         self.lost = 0
+        self.discard_above = 1 << 30
         self._to_port = to_port
         self._server: asyncio.Server | None = None
 
@@ -34,16 +38,24 @@ class LossyProxy:
             return
         self.connections += 1
         try:
-            await asyncio.gather(self._pass(reader, up_writer), self._pass(up_reader, writer))
+            await asyncio.gather(
+                self._pass(reader, up_writer, writer), self._pass(up_reader, writer, up_writer)
+            )
         except (OSError, asyncio.IncompleteReadError):
             pass
         finally:
             up_writer.close()
             writer.close()
 
-    async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    async def _pass(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, back: asyncio.StreamWriter
+    ) -> None:
         while True:
             packet = await read_packet(source)
+            if packet[0] >> 4 == PUBLISH and len(packet) > self.discard_above:
+                self.lost += 1
+                back.write(b"\x40\x02" + message_id(packet))
+                continue
             if packet[0] >> 4 in self.lose:
                 self.lost += 1
                 continue
@@ -62,3 +74,10 @@ async def read_packet(reader: asyncio.StreamReader) -> bytes:
         shift += 7
         if not byte[0] & 0x80:
             return head + await reader.readexactly(length)
+
+
+def message_id(publish: bytes) -> bytes:
+    """Return the message id of a PUBLISH with QoS 1."""
+    start = next(at for at in range(1, 5) if not publish[at] & 0x80) + 1
+    topic_length = int.from_bytes(publish[start : start + 2], "big")
+    return publish[start + 2 + topic_length :][:2]

@@ -23,7 +23,7 @@ def batch(seq: int) -> Batch:
 
 def published(window: Window, *mids_at: tuple[int, float], way: Way = Way.LIVE) -> None:
     for mid, at_s in mids_at:
-        window.publish(mid, InFlight(batch(mid), way, at_s))
+        window.publish(mid, InFlight(batch(mid), way, at_s, 100))
 
 
 def lost(window: Window, now_s: float) -> list[int]:

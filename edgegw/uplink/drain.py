@@ -20,18 +20,18 @@ from edgegw.journal.writer import Committed
 from edgegw.uplink.confirmation import Confirmation
 from edgegw.uplink.feeder import Feeder, Waiting
 from edgegw.uplink.mqtt import Ack, Connection
+from edgegw.uplink.outbox import Outbox
 from edgegw.uplink.outcome import Outcome, Refusals, judge
 from edgegw.uplink.pacer import Pacer
 from edgegw.uplink.receipts import Receipts
 from edgegw.uplink.replay import Replays
+from edgegw.uplink.sizes import Fate, Sizes, largest_json
 from edgegw.uplink.window import InFlight, Way, Window
 
 log = logging.getLogger(__name__)
 
 LIVE_BYTES = 4 * 1024**2
 """Live batches that may wait for the window; older ones then go the way of the backlog."""
-PACKET_OVERHEAD = 64
-"""What a PUBLISH takes beside topic and payload, at the most."""
 
 
 class Drain:
@@ -42,7 +42,7 @@ class Drain:
 
     def __init__(
         self, config: Uplink, topic: str, journal: Journal, connection: Connection, commit_s: float,
-        receipts: Receipts | None, replays: Replays,
+        receipts: Receipts | None, replays: Replays, sizes: Sizes, outbox: Outbox,
     ) -> None:  # fmt: skip
         self._config = config
         self._topic = topic
@@ -64,7 +64,20 @@ class Drain:
         self._live: deque[Waiting] = deque()
         self._live_bytes = 0
         self._refusals = Refusals()
-        self._too_large: set[int] = set()
+        self._outbox = outbox
+        self._sizes = sizes
+        sizes.connected(connection.maximum_packet_size, len(f"{topic}/backfill"))
+        journal.limit_message(largest_json(sizes.limit, packed=self._packs))
+        self._aside = Ranges()
+
+    @property
+    def in_flight(self) -> list[int]:
+        """The payloads' sizes of what is published and not acknowledged, in bytes."""
+        return self._window.sizes
+
+    @property
+    def _packs(self) -> bool:
+        return self._config.compression == "zstd"
 
     def committed(self, committed: Committed) -> None:
         """Take batches that have just become durable: they are live."""
@@ -91,6 +104,10 @@ class Drain:
         """Take what a receipt confirms."""
         if self._confirmation is not None:
             self._confirmation.received(ranges)
+
+    def wake(self) -> None:
+        """Look whether something can be sent: an acknowledgement came that is not for a batch."""
+        self._something.set()
 
     def replay(self) -> None:
         """Look for replays: one has been asked for."""
@@ -146,55 +163,84 @@ class Drain:
 
     def _send(self) -> None:
         """Publish as much as the window takes: live batches, then the backlog, then what is sent again."""
-        while self._live and not self._window.full:
-            batch, body = self._live.popleft()
+        while self._live and not self._full:
+            batch = self._live[0].batch
+            if not self._send_first(self._live, Way.LIVE):
+                return
             self._live_bytes -= batch.size
-            self._publish(batch, body, Way.LIVE)
         if self._feeder.held:
             return
         backlog = self._feeder.backlog
         while backlog and self._room and not self._waits_for_receipts:
-            self._publish(*backlog.popleft(), Way.BACKLOG)
+            if not self._send_first(backlog, Way.BACKLOG):
+                return
         again = self._feeder.again
         while again and self._room and not self._replays.wait_s(clock.mono_s()):
             if backlog and not self._waits_for_receipts:
                 break
-            self._replays.goes(again[0].batch.size, clock.mono_s())
-            self._publish(*again.popleft(), Way.AGAIN)
+            batch = again[0].batch
+            if not self._send_first(again, Way.AGAIN):
+                return
+            self._replays.goes(batch.size, clock.mono_s())
         if len(backlog) < self._window.size or not again:
             self._feeder.hungry.set()
 
     @property
     def _room(self) -> bool:
         """Whether one more may be on the way that is not live."""
-        return not self._window.full and self._window.not_live < self._pacer.window
+        return not self._full and self._window.not_live < self._pacer.window
+
+    @property
+    def _full(self) -> bool:
+        """Whether nothing more may be on the way, be it that one must be alone there."""
+        return self._window.full or self._sizes.trial is not None
 
     @property
     def _waits_for_receipts(self) -> bool:
         return self._confirmation is not None and self._confirmation.full
 
-    def _publish(self, batch: Batch, body: bytes, way: Way) -> None:
+    def _send_first(self, waiting: deque[Waiting], way: Way) -> bool:
+        """Publish the first of a queue, or hold it aside; False if it must wait until it can go alone."""
+        batch, body = waiting[0]
+        payload = batch.packed if self._packs else body
+        fate = self._sizes.fate(len(payload), clock.mono_s())
+        if fate is Fate.ALONE:
+            if self._window or self._outbox:
+                return False
+            self._sizes.try_alone(len(payload), clock.mono_s())
+        waiting.popleft()
+        if fate is Fate.ASIDE:
+            self._hold_aside(batch, len(payload), way)
+        else:
+            self._publish(batch, payload, way)
+        return True
+
+    def _publish(self, batch: Batch, payload: bytes, way: Way) -> None:
         as_made = way is Way.LIVE or batch.kind is Kind.SUMMARY
         topic = f"{self._topic}/{batch.kind.value if as_made else 'backfill'}"
-        if self._config.compression == "zstd":
-            payload, content_type = batch.packed, "application/json+zstd"
-        else:
-            payload, content_type = body, "application/json"
-        most = self._connection.maximum_packet_size
-        if most is not None and len(payload) + len(topic) + PACKET_OVERHEAD > most:
-            if not self._too_large:
-                log.error(
-                    "uplink %s: takes messages of %d bytes at most, batch %d has %d; it stays in the journal; "
-                    "raise the broker's limit, and set uplink.max_message below it",
-                    self._connection.url, most, batch.seq, len(payload),
-                )  # fmt: skip
-            self._too_large.add(batch.seq)
-            if way is Way.AGAIN:
-                self._feeder.repeated(batch, taken=True)
-            return
+        content_type = "application/json+zstd" if self._packs else "application/json"
         mid = self._connection.publish(topic, payload, content_type=content_type)
         self._journal.publish(batch)
-        self._window.publish(mid, InFlight(batch, way, clock.mono_s()))
+        self._window.publish(mid, InFlight(batch, way, clock.mono_s(), len(payload)))
+
+    def _hold_aside(self, batch: Batch, size: int, way: Way) -> None:
+        """Leave a batch that the broker does not accept in the journal, while all others are sent."""
+        if not self._sizes.too_large(size):
+            self._aside.add(batch.seq, batch.last)  # it may be tried again over this connection
+        self._journal.release([batch])
+        if way is Way.AGAIN:
+            self._feeder.repeated(batch, taken=True)
+        self._journal.limit_message(self._sizes.limit)  # also where it had been expected to pack better
+        if self._sizes.reported == self._sizes.limit:
+            return
+        self._sizes.reported = self._sizes.limit
+        packed = len(batch.packed)
+        helps = not self._packs and self._sizes.fate(packed, clock.mono_s()) is not Fate.ASIDE
+        log.error(
+            "uplink %s: %s; batch %d has %d and is held aside in the journal, the others are sent; %sraise the "
+            "broker's limit", self._connection.url, self._sizes.describe(size), batch.seq, size,
+            f'set uplink.compression = "zstd", with which it has {packed}, or ' if helps else "",
+        )  # fmt: skip
 
     # -- back ----------------------------------------------------------------------------------------------
 
@@ -204,6 +250,7 @@ class Drain:
         if sent is None:
             return  # it came late: the batch is sent again
         now_s = clock.mono_s()
+        self._sizes.answered(sent.size, now_s, accepted=ack.accepted)
         live = sent.way is Way.LIVE
         outcome = judge(self._config.acknowledge, ack, live=live, end_to_end=self._journal.end_to_end)
         if sent.way is Way.AGAIN:
@@ -267,9 +314,14 @@ class Drain:
                 self._connection.url, len(lost), lost[0].batch.seq,
             )  # fmt: skip
             self._pacer.restart()
+        self._sizes.settle(now_s)
         for sent in lost:
+            self._sizes.answered(sent.size, now_s, accepted=False)
             if sent.way is Way.AGAIN:
                 self._feeder.repeated(sent.batch, taken=False)
             self._send_later(sent)
+        if self._aside and (self._sizes.refused is None or self._sizes.retry_due(now_s)):
+            aside, self._aside = self._aside, Ranges()
+            self._feeder.unsent(aside)
         if (reason := self._window.dead(now_s)) is not None:
             raise UplinkError(f"uplink {self._connection.url}: {reason}")

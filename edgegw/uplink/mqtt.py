@@ -57,10 +57,6 @@ class Ack(NamedTuple):
     reason: str
 
 
-class Unreachable(UplinkError):
-    """Nobody listens there, so nothing was learnt about the broker."""
-
-
 class Incoming(NamedTuple):
     """A message to the gateway. `answer_to` and `correlation` are MQTT 5's request and response."""
 
@@ -144,11 +140,11 @@ class Connection:
             async with asyncio.timeout(CONNECT_S):
                 await asyncio.to_thread(self._client.connect, self._host, self._port, KEEPALIVE_S)
         except TimeoutError:
-            raise Unreachable(f"uplink {self.url}: no connection in {CONNECT_S:.0f} s") from None
+            raise UplinkError(f"uplink {self.url}: no connection in {CONNECT_S:.0f} s") from None
         except ssl.SSLError as error:
             raise UplinkError(f"uplink {self.url}: TLS failed: {error.reason or error}".lower()) from None
         except OSError as error:
-            raise Unreachable(f"uplink {self.url}: {(error.strerror or str(error)).lower()}") from None
+            raise UplinkError(f"uplink {self.url}: {(error.strerror or str(error)).lower()}") from None
         self._keep_house()
         patience_s = VERSION_S if self._v5 else CONNECT_S
         try:

@@ -44,6 +44,9 @@ class Outbox:
         self._lost = 0
         self._complained = False
 
+    def __len__(self) -> int:
+        return len(self._open)
+
     def send(self, notice: Notice) -> None:
         """Publish a notice, unless too many are unacknowledged."""
         if len(self._open) >= CAPACITY:

@@ -18,11 +18,13 @@ from edgegw.errors import ConfigError, JournalError, UplinkError
 from edgegw.journal.journal import Journal
 from edgegw.journal.writer import Committed
 from edgegw.uplink import mqtt, receipts, replay
+from edgegw.uplink.attempts import STABLE_S, Attempts
 from edgegw.uplink.drain import Drain
 from edgegw.uplink.link import Link, advance
 from edgegw.uplink.outbox import Notice, Outbox
 from edgegw.uplink.receipts import Receipts
 from edgegw.uplink.replay import Replays
+from edgegw.uplink.sizes import Sizes
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,9 @@ class UplinkService:
         self._spoken: dict[
             str, str
         ] = {}  # the version that each broker took last: asking for another costs time
+        self._sizes: dict[str, Sizes] = {}
+        self._attempts = Attempts(config.uplink.reconnect_jitter.s, random.uniform)
+        self._connected_s = 0.0
         self._failures = 0
         self._lost_since = clock.mono_s()
 
@@ -81,13 +86,13 @@ class UplinkService:
                     if self._leaving:
                         return
                     log.warning("%s; records stay in the journal", error)
+                    self._learn(connection)
                 finally:
                     self._connection = self._drain = self._outbox = self.broker = None
                     connection.drop()
                     self._lost_since = clock.mono_s()
                 self._set_link(connected=False)
-                jitter_s = self._config.uplink.reconnect_jitter.s
-                await asyncio.sleep(random.uniform(0.0, jitter_s))
+                await asyncio.sleep(self._attempts.pause_s())
         finally:
             watch.cancel()
 
@@ -127,7 +132,7 @@ class UplinkService:
             try:
                 connection = await mqtt.connect(url, spoken, login(self._config, self._config_path), will)
             except UplinkError as error:
-                if not isinstance(error, mqtt.Unreachable):
+                if isinstance(error, mqtt.ProtocolRefused):
                     self._spoken.pop(url, None)
                 failures.append(f"{error}{self._hint(error)}")
             else:
@@ -152,16 +157,18 @@ class UplinkService:
         log.info("uplink %s: online, MQTT %s%s", connection.url, connection.protocol, after)
         self._failures = 0
         self.broker = connection.url
-        self._connection = connection
+        self._connection, self._connected_s = connection, clock.mono_s()
         outbox = self._outbox = Outbox(connection)
         commit_s = self._config.journal.commit_interval.s
         drain = self._drain = Drain(
             self._config.uplink, self._config.topic, self._journal, connection, commit_s,
-            self._awaited_receipts(), self._replays,
+            self._awaited_receipts(), self._replays, self._sizes.setdefault(connection.url, Sizes()), outbox,
         )  # fmt: skip
 
         def acknowledged(mid: int, ack: mqtt.Ack) -> None:
-            if not outbox.acknowledge(mid, ack):
+            if outbox.acknowledge(mid, ack):
+                drain.wake()
+            else:
                 drain.acknowledge(mid, ack)
 
         connection.acknowledged = acknowledged
@@ -169,8 +176,22 @@ class UplinkService:
         connection.subscribe(f"{self._config.topic}/cmd", lambda incoming: self._command(outbox, incoming))
         if self._wants_receipts:
             connection.subscribe(f"{self._config.topic}/ack", self._receipt)
-        self._set_link(connected=True)
+        self._set_link(connected=self._up)
         await drain.run()
+
+    def _learn(self, connection: mqtt.Connection) -> None:
+        """Note how long a connection lasted, and what was in flight at its end."""
+        now_s = clock.mono_s()
+        lasted_s = now_s - self._connected_s
+        self._attempts.ended(lasted_s)
+        if self._drain is not None:
+            stable = lasted_s >= STABLE_S
+            self._sizes[connection.url].lost(self._drain.in_flight, now_s, stable=stable)
+
+    @property
+    def _up(self) -> bool:
+        """Whether the link counts as online: after connections that did not last, a new one must prove itself."""
+        return self._connection is not None and self._attempts.proven(clock.mono_s() - self._connected_s)
 
     @property
     def _wants_receipts(self) -> bool:
@@ -252,7 +273,7 @@ class UplinkService:
 
     async def _watch_island(self) -> None:
         while True:
-            self._set_link(connected=self._connection is not None)
+            self._set_link(connected=self._up)
             if self._outbox is not None:
                 self._outbox.resend()
             await asyncio.sleep(min(1.0, max(0.05, self._config.uplink.island_after.s / 4)))

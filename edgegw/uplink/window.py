@@ -27,11 +27,12 @@ class Way(Enum):
 
 
 class InFlight(NamedTuple):
-    """A batch that was published at `sent_s` and is not acknowledged yet."""
+    """A batch that was published at `sent_s` in a payload of `size` bytes and is not acknowledged yet."""
 
     batch: Batch
     way: Way
     sent_s: float
+    size: int
 
 
 class Window:
@@ -52,6 +53,11 @@ class Window:
     def full(self) -> bool:
         """Whether nothing more may be published; what was written off still counts for the broker."""
         return len(self._open) >= min(self.size, self._receive_maximum - len(self._written_off))
+
+    @property
+    def sizes(self) -> list[int]:
+        """The sizes of what is in flight, in bytes."""
+        return [sent.size for sent in self._open.values()]
 
     def publish(self, mid: int, sent: InFlight) -> None:
         """Note that a batch was published with this message id."""
