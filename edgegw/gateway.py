@@ -3,31 +3,40 @@
 import asyncio
 import logging
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from edgegw import __version__, clock
 from edgegw.config.load import journal_path
 from edgegw.config.schema import AnyDevice, Config
 from edgegw.control.build import load_with_rules
+from edgegw.control.command_handler import CommandHandler
 from edgegw.control.controller import Controller
-from edgegw.control.engine import Plant
 from edgegw.control.hand import HandService
+from edgegw.control.ids import CommandIds
 from edgegw.control.memory import MemoryFile
+from edgegw.control.plant import Plant
+from edgegw.domain.batch import decode
 from edgegw.domain.command import Reply
 from edgegw.domain.image import Image
 from edgegw.domain.record import Event, Record
 from edgegw.domain.tag import Scalar, Value
+from edgegw.drivers.base import LearnsTypes
 from edgegw.drivers.registry import Drivers
 from edgegw.errors import ConfigError, JournalError, NotConnected
 from edgegw.journal import tending
 from edgegw.journal.journal import Journal
 from edgegw.journal.writer import Committed
+from edgegw.runtime import presence
 from edgegw.runtime.lock import held
 from edgegw.runtime.notify import Notifier
 from edgegw.runtime.supervisor import Supervisor
 from edgegw.scan.report import reporter
 from edgegw.scan.scanner import Scanner
+from edgegw.scan.schedule import first_delays
 from edgegw.series.build import specs
 from edgegw.series.windows import Windows
 from edgegw.status.server import StatusServer
@@ -35,6 +44,12 @@ from edgegw.uplink.link import Link
 from edgegw.uplink.uplink import UplinkService
 
 log = logging.getLogger(__name__)
+
+
+class Timed(msgspec.Struct):
+    """When a record is of, whatever else it holds."""
+
+    ts: int
 
 
 class Gateway:
@@ -45,6 +60,7 @@ class Gateway:
         self._config_path = config_path
         self._started_ms = clock.wall_ms()
         self._drivers = Drivers()
+        self._learning: dict[str, LearnsTypes] = {}
         self._services = Supervisor()
         self._image = Image()
         path = journal_path(config, config_path)
@@ -52,9 +68,11 @@ class Gateway:
         self._memory = MemoryFile(path.with_name(path.name + ".control"))
         self._uplink = UplinkService(config, config_path, self._journal, self._link_changed, self._obey)
         self._control = self._controller(plant)
+        ids = CommandIds(path.with_name(path.name + ".ids"))
+        self._commands = CommandHandler(lambda: self._control, ids, self._journal, self._uplink)
         self._hand = HandService(
             path.with_name(path.name + ".sock"),
-            lambda line: self._control.command(line, by_hand=True),
+            lambda line, by: self._commands.command(line, by=by),
             lambda tag: self._control.show(tag),
             tending.requests(self._journal),
         )
@@ -62,7 +80,10 @@ class Gateway:
             specs(config), self._journal, self._image, lambda name: self._control.touch(name)
         )
         self._notifier = Notifier()
-        self._scanners = {name: self._scanner(name, device) for name, device in config.device.items()}
+        delays = first_delays(config.device)
+        self._scanners = {
+            name: self._scanner(name, device, delays[name]) for name, device in config.device.items()
+        }
 
     async def run(self) -> None:
         """Run until SIGTERM or SIGINT; raise HeldError if another process has the journal."""
@@ -82,9 +103,12 @@ class Gateway:
         self._journal.start()
         began = {"version": __version__, **self._journal.era.wire()}
         self._record(Event(self._started_ms, "start", began))
+        self._services.start("newest", self._see_newest)
         self._services.start("uplink", self._uplink.run)
         self._services.start("control", self._control.run)
         self._services.start("hand", self._hand.run)
+        here = {"gateway": self._config.gateway.id, "journal": str(self._journal.path.absolute())}
+        self._services.start("presence", lambda: presence.announce(self._config_path, here))
         self._services.start("windows", self._windows.run)
         for name, scanner in self._scanners.items():
             self._services.start(f"device.{name}", scanner.run)
@@ -122,8 +146,10 @@ class Gateway:
                 f"journal {self._journal.path}: stopped with records that could not be written"
             )
 
-    def _scanner(self, name: str, device: AnyDevice) -> Scanner:
+    def _scanner(self, name: str, device: AnyDevice, delay_s: float) -> Scanner:
         driver = self._drivers.make(name, device)
+        if isinstance(driver, LearnsTypes):
+            self._learning[name] = driver
         return Scanner(
             name,
             driver,
@@ -131,12 +157,23 @@ class Gateway:
             self._image,
             lambda device: self._control.touch(device),
             reporter(device),
+            delay_s,
         )
 
     def _record(self, record: Record) -> None:
         """Take a record of a device, or of what ends its readings: for the journal, and for windows."""
         self._journal.append(record)
         self._windows.feed(record)
+
+    async def _see_newest(self) -> None:
+        """Have commands know of the newest record of before the start: the clock cannot stand long before it."""
+        await self._journal.opened.wait()
+        head = self._journal.head
+        for _, body in (await self._journal.read(head, head, 1)).batches if head else ():
+            if body is not None:
+                for record in msgspec.json.decode(decode(body).records, type=list[Timed]):
+                    self._commands.seen(record.ts)
+        self._commands.opened.set()
 
     def _committed(self, committed: Committed) -> None:
         self._windows.committed(committed)
@@ -145,8 +182,13 @@ class Gateway:
     def _controller(self, plant: Plant) -> Controller:
         return Controller(
             plant, self._image, self._journal, lambda: self._uplink.link.state, self._write, self._memory,
-            self._uplink,
+            self._held_types,
         )  # fmt: skip
+
+    def _held_types(self, device: str) -> Mapping[str, str] | None:
+        """Return what a device has said of the types that it holds; None if its protocol has no such thing."""
+        learning = self._learning.get(device)
+        return None if learning is None else learning.held_types
 
     async def _write(self, device: str, tag: str, value: Scalar) -> Value:
         scanner = self._scanners.get(device)
@@ -155,11 +197,12 @@ class Gateway:
         return await scanner.write(tag, value)
 
     async def _obey(self, payload: bytes, retained: bool) -> Reply:
-        return await self._control.command(payload, retained=retained)
+        return await self._commands.command(payload, retained=retained)
 
     async def _stop_device(self, name: str) -> None:
         await self._services.stop(f"device.{name}")
         del self._scanners[name]
+        self._learning.pop(name, None)
         self._image.forget(name)
 
     async def _reload(self) -> None:
@@ -190,8 +233,9 @@ class Gateway:
         if specs(old) != specs(config):
             self._windows.reload(specs(config))
         self._record(Event(clock.wall_ms(), "config", {"ok": True, "stopped": gone, "started": come}))
+        delays = first_delays(config.device)
         for name in come:
-            self._scanners[name] = self._scanner(name, config.device[name])
+            self._scanners[name] = self._scanner(name, config.device[name], delays[name])
             self._services.start(f"device.{name}", self._scanners[name].run)
         if (old.device, old.rule, old.window) != (config.device, config.rule, config.window):
             await self._services.stop("control")  # it takes up what it remembers, under the new rules

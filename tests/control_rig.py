@@ -7,11 +7,14 @@ from typing import Any
 import msgspec
 
 from edgegw.config.schema import Config
-from edgegw.control import commands, engine
+from edgegw.control import commands, engine, state
 from edgegw.control.build import build
-from edgegw.control.engine import Cycle, Memo, Plant, State
+from edgegw.control.engine import Cycle, Memo
+from edgegw.control.plant import Plant
 from edgegw.control.rule import LinkState
-from edgegw.domain.image import Latest
+from edgegw.control.state import State
+from edgegw.domain.image import Image
+from edgegw.domain.record import Scan
 from edgegw.domain.tag import Scalar, Value
 
 BOOTED_S = 1000.0
@@ -28,7 +31,7 @@ def tag(text: str, address: int) -> dict[str, Any]:
         key, _, value = word.partition("=")
         if not value:
             made[key] = True
-        elif key in ("ramp", "min_interval"):
+        elif key in ("ramp", "min_interval", "refresh"):
             made[key] = value
         elif key == "max_per_hour":
             made[key] = int(value)
@@ -68,15 +71,18 @@ class Site:
         self.base_s = BOOTED_S
         self.values: dict[str, Value] = {}
         self.quality: dict[str, str] = {}
-        self.image: dict[str, Latest] = {}
+        self.image = Image()
+        self.seen_s: float | None = None
+        """When readings count as seen; None: when they are."""
         self.link: LinkState = "online"
         self.broken: set[str] = set()
+        self.away: set[str] = set()
         self.held: set[str] = set()
         self.due_s: float | None = None
         self.memo = Memo(made)
-        self.state = engine.restored(State(), made, self.now_s, saved_s=self.now_s, same_boot=True)
+        self.state = state.restored(State(), made, self.now_s, saved_s=self.now_s, same_boot=True)
         self.written: list[tuple[float, str, Scalar, Scalar | None]] = []
-        """When, what, the new value and the one that the setpoint was known to hold."""
+        """When, what, the new value and the one that the plant held, whether that was known or not."""
 
     @property
     def now_s(self) -> float:
@@ -102,8 +108,12 @@ class Site:
         values = {name.partition(".")[2]: value for name, value in mine.items()}
         quality = {name.partition(".")[2]: self.quality[name] for name in mine if name in self.quality}
         if values:
-            ts = round(self.now_s * 1000)
-            self.image[device] = Latest(ts, values, quality, self.now_s, device in self.held)
+            read = Scan(round(self.now_s * 1000), device, values, quality)
+            self.image.take(read, self.now_s, held=device in self.held, seen_s=self.seen_s)
+
+    def lose(self, device: str) -> None:
+        """Have a device not answer, now."""
+        self.image.lost(device, self.now_s)
 
     def cycles(self) -> list[str]:
         """Run a cycle, and the ones that its writes cause when they are over."""
@@ -117,7 +127,7 @@ class Site:
         raise AssertionError(f"writes without end: {lines}")
 
     def _cycle(self) -> Cycle:
-        frozen = dict(self.image)
+        frozen = self.image.frozen()
         plain = engine.step(self.plant, self.state, frozen, self.link, self.now_s)
         cycle = engine.step(self.plant, self.state, frozen, self.link, self.now_s, memo=self.memo)
         assert cycle == plain, "what is remembered from the last cycle changed this one"
@@ -130,14 +140,15 @@ class Site:
 
     def _carry_out(self, cycle: Cycle) -> list[str]:
         lines = []
-        for setpoint, value, old, cause in cycle.writes:
-            lines.append(f"write {setpoint} {shown(old)} -> {shown(value)} by {cause}")
-            self.written.append((self.at_s, setpoint, value, old))
-            if setpoint in self.broken:
-                self.state = engine.failed(self.state, setpoint, self.now_s)
+        for setpoint, value, old, cause, repeat in cycle.writes:
+            word = "refresh" if repeat else "write"
+            lines.append(f"{word} {setpoint} {shown(old)} -> {shown(value)} by {cause}")
+            self.written.append((self.at_s, setpoint, value, self.values.get(setpoint)))
+            if setpoint in self.broken or setpoint.partition(".")[0] in self.away:
+                self.state = state.failed(self.state, setpoint, value, cause, "timeout", self.now_s)
                 lines.append(f"unconfirmed {setpoint}")
             else:
-                self.state = engine.confirmed(self.state, setpoint, self.now_s)
+                self.state = state.confirmed(self.state, setpoint, self.now_s)
                 self.values[setpoint] = value
         return lines
 
@@ -145,8 +156,9 @@ class Site:
         """Give a command its setpoints, as the controller does; return why not, if not."""
         kinds = {at: self.plant.limits[at].kind for at in write}
         writes = {at: commands.as_number(value, kinds[at]) for at, value in write.items()}
-        given = engine.command(self.state, name, writes, lease_s, self.now_s)
-        no = engine.objection(self.plant, given, f"command:{name}", writes, self.image, self.link, self.now_s)
+        given = state.command(self.state, name, writes, lease_s, self.now_s)
+        image = self.image.frozen()
+        no = engine.objection(self.plant, given, f"command:{name}", writes, image, self.link, self.now_s)
         if no is not None:
             return [f"no {name}: {no}"]
         self.state = given
@@ -157,8 +169,8 @@ class Site:
         memory = msgspec.json.encode(self.state)
         if reboot:
             self.base_s = 5.0 - self.at_s
-        self.image, self.memo, self.due_s = {}, Memo(self.plant), None
-        self.state = engine.restored(
+        self.image, self.memo, self.due_s = Image(), Memo(self.plant), None
+        self.state = state.restored(
             msgspec.json.decode(memory, type=State), self.plant, self.now_s,
             saved_s=saved_s, same_boot=not reboot,
         )  # fmt: skip

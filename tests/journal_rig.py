@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import apsw
+
 from edgegw.config.schema import Journal as JournalConfig
 from edgegw.config.units import Duration, Size
 from edgegw.domain import batch as batches
@@ -126,6 +128,16 @@ class Hand:
     def bytes(self) -> int:
         """What database and WAL take."""
         return size_bytes(self.path)
+
+
+def spoil(path: Path, seq: int) -> None:
+    """Damage the batch at `seq` where it stands, under whatever has the journal open."""
+    db = apsw.Connection(str(path))
+    try:
+        db.set_busy_timeout(5_000)
+        db.execute("UPDATE batch SET packed = zeroblob(length(packed)) WHERE seq = ?", (seq,))
+    finally:
+        db.close(True)
 
 
 class Kept(NamedTuple):

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgegw.control import commands
+from edgegw.control.commands import Known
 from edgegw.domain.command import ReplayCommand, Reply, WriteCommand
 
 CASES = tomllib.loads((Path(__file__).parent / "cases" / "control_commands.toml").read_text())["case"]
@@ -27,7 +28,7 @@ GOOD = {"id": "a", "write": {"battery.kw": 10.0}, "expires": NOW_MS + 60_000}
 
 
 def read(payload: bytes, retained: bool = False, **done: int) -> WriteCommand | ReplayCommand | Reply:
-    return commands.read(payload, retained=retained, limits=LIMITS, done=done, now_ms=NOW_MS)
+    return commands.read(payload, retained=retained, limits=LIMITS, known=Known(done), now_ms=NOW_MS)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.get("error", "taken"))
@@ -120,19 +121,64 @@ def test_a_message_made_to_harm_is_answered_in_few_words(payload: bytes) -> None
     assert len(msgspec.json.encode(answer.wire())) < 500
 
 
-def test_ids_are_remembered_for_a_day_after_they_expired_and_no_more_of_them_than_there_is_room_for() -> None:
-    day_ms = commands.KEEP_IDS_MS
-    assert commands.remembered({"old": 0, "new": 1}, day_ms) == {"new": 1}
-    many = {str(i): NOW_MS + i for i in range(commands.IDS + 10)}
-    kept = commands.remembered(many, NOW_MS)
-    assert len(kept) == commands.IDS - 1  # there is room for the one that is being taken
-    assert min(kept.values()) > NOW_MS + 10
-
-
-def test_no_id_that_can_still_act_is_forgotten_for_want_of_room() -> None:
-    open_ids = {str(i): NOW_MS + 1000 for i in range(commands.IDS)}
-    answer = commands.read(
-        json.dumps(GOOD).encode(), retained=False, limits=LIMITS, done=open_ids, now_ms=NOW_MS
-    )
+def test_no_id_that_can_still_act_is_forgotten_for_want_of_room_and_a_hand_is_not_locked_out() -> None:
+    full = Known(can_act=commands.IDS)
+    answer = commands.read(json.dumps(GOOD).encode(), limits=LIMITS, known=full, now_ms=NOW_MS)
     assert isinstance(answer, Reply)
     assert "not expired yet" in str(answer.error)
+    by_hand = json.dumps(GOOD | {"id": "hand-a"}).encode()
+    taken = commands.read(by_hand, limits=LIMITS, known=full, now_ms=NOW_MS, by_hand=True)
+    assert isinstance(taken, WriteCommand)
+
+
+YEAR_MS = 365 * 86_400_000
+NOW = commands.RELEASED_MS + YEAR_MS
+
+
+@pytest.mark.parametrize(
+    ("now_ms", "latest_ms", "synced", "why"),
+    [
+        (NOW, NOW, True, None),
+        (NOW, NOW, False, None),
+        (NOW, NOW + commands.HOUR_MS, False, None),
+        (NOW, 0, False, None),
+        (NOW, NOW + 3 * commands.HOUR_MS, False, "but it was 2027-01-01 03:00 UTC already; synchronise it"),
+        (NOW, NOW + 3 * commands.HOUR_MS, True, None),
+        (0, 0, False, "the gateway's clock says 1970-01-01 00:00 UTC, before this version was made; set it"),
+        (0, NOW, True, "the gateway's clock says 1970-01-01 00:00 UTC, before this version was made; set it"),
+    ],
+)
+def test_a_clock_that_is_plainly_wrong_is_told_from_one_that_is_not_synchronised(
+    now_ms: int, latest_ms: int, synced: bool, why: str | None
+) -> None:
+    found = commands.wrong_clock(now_ms, latest_ms, synced)
+    assert (found is None) == (why is None)
+    assert (why or "") in (found or "")
+
+
+def test_a_wrong_clock_refuses_what_comes_from_upstream_and_no_hand() -> None:
+    wrong = Known(clock="the clock is wrong")
+    answer = commands.read(json.dumps(GOOD).encode(), limits=LIMITS, known=wrong, now_ms=NOW_MS)
+    assert isinstance(answer, Reply)
+    assert answer.error == "the clock is wrong"
+    by_hand = json.dumps(GOOD | {"id": "hand-a"}).encode()
+    assert isinstance(
+        commands.read(by_hand, limits=LIMITS, known=wrong, now_ms=NOW_MS, by_hand=True), WriteCommand
+    )
+
+
+@settings(deadline=None)
+@given(JSON | st.dictionaries(st.text(), st.integers() | st.floats() | st.text(max_size=500), max_size=40))
+def test_what_was_asked_is_told_whatever_it_was_in_few_words(writes: Any) -> None:
+    told = commands.bounded(writes)
+    assert (told is None) == (not isinstance(writes, dict))
+    assert len(msgspec.json.encode(told)) < 20_000
+    assert len(told or ()) <= commands.ASKED + 1
+
+
+def test_a_command_for_an_unknown_tag_among_many_costs_no_search() -> None:
+    """Nothing on the event loop may grow with the tags: no hint is looked for."""
+    message = json.dumps(GOOD | {"write": {"battery.kv": 1.0}}).encode()
+    answer = commands.read(message, limits=LIMITS, known=Known(), now_ms=NOW_MS)
+    assert isinstance(answer, Reply)
+    assert (answer.error, answer.asked) == ("battery.kv: no such tag", {"battery.kv": 1.0})

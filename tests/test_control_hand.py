@@ -30,7 +30,7 @@ from rig import MOSQUITTO, ROOT, Process, free_port, mosquitto
 
 from edgegw.control.commands import COMMAND_BYTES
 from edgegw.control.hand import CONNECTIONS, HandService, address
-from edgegw.domain.command import Reply
+from edgegw.domain.command import Peer, Reply
 from edgegw.runtime.lock import held
 
 FOLLOW = {"when": "meter.kw > 80.0", "priority": 200, "do": {"battery.setpoint": 30.0}}
@@ -41,7 +41,8 @@ FOLLOW = {"when": "meter.kw > 80.0", "priority": 200, "do": {"battery.setpoint":
 
 @asynccontextmanager
 async def service(path: Path, obeyed: list[bytes]) -> AsyncIterator[None]:
-    async def obey(line: bytes) -> Reply:
+    async def obey(line: bytes, by: Peer) -> Reply:
+        assert by == Peer(os.getuid(), os.getpid())
         obeyed.append(line)
         return Reply("x", True)
 
@@ -158,6 +159,9 @@ async def test_a_running_gateway_writes_holds_and_refuses(tmp_path: Path) -> Non
             assert (code, answer["error"]) == (1, "battery.setpoint: rule:follow has authority")
             await stop(run)
     commands = records(tmp_path, "command")
+    assert {e["uid"] for e in commands} == {os.getuid()}
+    assert len({e["pid"] for e in commands}) == len(commands), "each was asked by a process of its own"
+    assert [e["write"] for e in commands][2:4] == [{"battery.setpoint": 60.0}, {"meter.kw": 1.0}]
     assert [(e["id"].startswith("hand-"), e["ok"]) for e in commands] == [
         (True, ok) for ok in (True, True, False, False, False)
     ]
@@ -177,6 +181,36 @@ async def test_a_lease_by_hand_ends_in_safe_and_an_islanded_link_ends_nothing(tm
             assert code == 0
             await until(lambda: plant.values() == [10.0, 10.0, 11.0, 2.0], "safe")
             await stop(run)
+
+
+async def test_p8_what_is_written_is_rounded_to_within_its_limits(tmp_path: Path) -> None:
+    """A register that counts in tens, and max = 46: 40 arrives, by hand and without a daemon as well."""
+    coarse = {"address": "holding:30", "type": "int16", "scale": 10.0, "min": -46.0, "max": 46.0}
+    async with site() as plant:
+        made = configuration(plant, {})
+        made["device"]["battery"]["tags"]["coarse"] = coarse | {
+            "writable": True,
+            "safe": 45.0,
+            "eeprom": True,
+        }
+        with running(tmp_path, made) as run:
+            await plant.scanned(2, BATTERY)
+            await until((tmp_path / "journal.db.sock").exists, "the socket")
+            code, answer, _ = await write(tmp_path, "battery.coarse", "46")
+            assert (code, answer["value"]) == (0, 40.0)
+            await stop(run)
+        code, answer, _ = await write(tmp_path, "battery.coarse", "-46")
+        assert (code, answer["value"]) == (0, -40.0)
+        assert [int.from_bytes(f.data, "big", signed=True) for f in plant.frames] == [4, -4]
+    assert [e["new"] for e in records(tmp_path, "write") if "ok" in e] == [40.0, -40.0]
+    with Process(sys.executable, "-m", "edgegw", "check", "-c", str(tmp_path / "config.toml")) as check:
+        _, out = await asyncio.to_thread(check.end)
+    assert "device.battery.tags.coarse: max 46 comes to 40, since the register counts in 10" in out
+    assert (
+        "device.battery.tags.coarse: kept in EEPROM, which wears with each write, and has no max_per_hour"
+        in out
+    )
+    assert "device.battery.tags.coarse: safe 45 comes to 40, since the register counts in 10" in out
 
 
 @pytest.mark.skipif(not MOSQUITTO, reason="mosquitto is not here")
@@ -229,6 +263,8 @@ async def test_without_a_gateway_one_step_is_written_and_ledgered(tmp_path: Path
         (17.0, None),
         (17.0, True),
     ]
+    assert {e["uid"] for e in records(tmp_path, "command")} == {os.getuid()}
+    assert all(e["uid"] == os.getuid() and e["pid"] for e in records(tmp_path, "write-refused") if "uid" in e)
     assert [e["rule"] for e in records(tmp_path, "rule-on")] == ["plain"], "the rule was remembered"
     with Process(
         sys.executable, "-m", "edgegw", "journal", "verify", "-c", str(tmp_path / "config.toml")

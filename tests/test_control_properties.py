@@ -2,6 +2,7 @@
 
 import itertools
 from collections import defaultdict
+from math import inf
 from typing import Any
 
 import pytest
@@ -10,7 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edgegw.control.arbiter import Demand, arbitrate
-from edgegw.control.guard import RAMP_TICK_S, History, Limits, Refuse, Wait, Write, check, guard
+from edgegw.control.grid import Grid
+from edgegw.control.guard import RAMP_TICK_S, History, Limits, Refuse, Wait, Write, check, guard, settled
+from edgegw.control.guard import pace_s as guard_pace_s
+from edgegw.control.plant import Plant
 
 NUMBERS = st.floats(-100, 100).map(lambda x: round(x, 3))
 ANYTHING = st.one_of(
@@ -39,6 +43,11 @@ def test_one_has_each_setpoint_and_it_is_the_same_whatever_the_order(wanted: lis
     assert arbitrate(demands) == winners
 
 
+GRIDS = st.sampled_from(
+    [Grid(), Grid("float32"), Grid("integer"), Grid("integer", 0.1), Grid("integer", 0.5, 0.25)]
+)
+
+
 @st.composite
 def limits(draw: Any) -> Limits:
     low, high = sorted((draw(NUMBERS), draw(NUMBERS)))
@@ -47,6 +56,7 @@ def limits(draw: Any) -> Limits:
         True, "number", maybe(st.just(low)), maybe(st.just(high)),
         maybe(st.sampled_from([0.5, 5.0, 25.0])), maybe(st.sampled_from([0.01, 1.0, 10.0])),
         draw(st.sampled_from([0.0, 0.1, 1.0, 60.0])), maybe(st.integers(1, 4)),
+        grid=draw(GRIDS),
     )  # fmt: skip
 
 
@@ -66,14 +76,20 @@ def test_p8_no_sequence_of_demands_times_and_failures_takes_a_setpoint_past_its_
     of: Limits, steps: list[Any], start: float
 ) -> None:
     """Type, range, step, ramp, interval and writes an hour, for what is written, from what the setpoint held."""
-    now_s, history, held = 1000.0, History(), start
-    known: float | None = start
+    now_s, history, held = 1000.0, History(), of.grid.nearest(start) or 0.0
+    known: float | None = held
     written: list[float] = []
     for pause_s, wanted, fate in steps:
         now_s += pause_s
         verdict = guard(of, history, known, wanted, now_s)
         if isinstance(verdict, Refuse):
-            assert check(of, wanted) is not None or (verdict.limit == "present" and known is None)
+            unreachable = of.max_step is not None and of.max_step < of.resolution
+            assert (
+                check(of, wanted) is not None
+                or settled(of, wanted) is None
+                or (verdict.limit == "present" and known is None)
+                or (verdict.limit == "max_step" and unreachable)
+            )
         elif isinstance(verdict, Wait):
             assert verdict.until_s > now_s
         else:
@@ -83,7 +99,7 @@ def test_p8_no_sequence_of_demands_times_and_failures_takes_a_setpoint_past_its_
             held, known = (verdict.value, verdict.value) if fate != "lost" else (held, None)  # type: ignore[assignment]
             continue
         if fate == "moved":
-            held = known = start
+            held = known = of.grid.nearest(start) or 0.0
         elif fate == "confirmed":
             known = held
 
@@ -96,7 +112,9 @@ def within(
     assert not isinstance(value, bool)
     assert of.min is None or value >= of.min
     assert of.max is None or value <= of.max
+    wanted = settled(of, wanted)
     assert value == wanted or not write.final
+    assert of.grid.nearest(value) == value, "the register holds something else"
     if of.max_per_hour is not None:
         assert sum(now_s - at < 3600.0 for at in written) < of.max_per_hour
     if written:
@@ -104,7 +122,7 @@ def within(
     if of.max_step is None and of.ramp_per_s is None:
         return
     assert present is not None, "a step from an unknown value"
-    pace_s = max(of.min_interval_s, RAMP_TICK_S)
+    pace_s = guard_pace_s(of)
     paced = not write.final or of.ramp_per_s is None
     assert not paced or not written or now_s - written[-1] >= pace_s - 1e-9, "steps too close to each other"
     inside = (of.min is None or present >= of.min) and (of.max is None or present <= of.max)
@@ -123,7 +141,7 @@ TAGS = {
     "src.b": "number",
     "src.ok": "bool",
     "out.ramped": "number writable min=-50 max=50 ramp=10/s min_interval=1s safe=0",
-    "out.stepped": "number writable min=0 max=100 max_step=25 min_interval=500ms max_per_hour=20 safe=50",
+    "out.stepped": "int writable min=0 max=99.6 max_step=24.5 min_interval=500ms max_per_hour=20 safe=50",
     "out.free": "number writable",
     "out.relay": "bool writable min_interval=2s safe=false",
 }
@@ -152,6 +170,8 @@ ACTS = st.one_of(
     st.tuples(st.just("broken"), st.sets(st.sampled_from(["out.ramped", "out.stepped", "out.relay"]))),
     st.tuples(st.just("command"), st.sampled_from(["out.ramped", "out.stepped", "out.free"]), NUMBERS),
     st.tuples(st.just("mute"), st.sampled_from(["src", "out"])),
+    st.tuples(st.just("away"), st.booleans(), NUMBERS),
+    st.tuples(st.just("booted")),
     st.tuples(st.just("restart"), st.booleans()),
 )
 STORY = st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.5, 1.0, 5.0, 60.0]), ACTS), max_size=40)
@@ -187,10 +207,12 @@ def test_p8_whatever_happens_to_a_site_its_setpoints_are_written_within_their_li
     site.values["out.relay"] = False
     lines: list[str] = []
     at_s = 0.0
+    unread = False
     for number, (pause_s, act) in enumerate(story):
-        at_s += pause_s
+        at_s += max(pause_s, 0.001)  # nothing happens at just the moment of a scan
         lines += site.until(at_s)
-        mute = perform(site, number, act)
+        unread = act[0] in ("away", "booted") or (unread and act[0] == "mute")
+        mute = perform(site, number, act) | ({"out"} if unread else set())
         for device in {"src", "out"} - mute:
             site.scan(device)
         lines += site.cycles()
@@ -207,7 +229,8 @@ def perform(site: Site, number: int, act: Any) -> set[str]:
             if value is None:
                 site.quality[name] = "bad:timeout"
         case ("move", name, value):
-            site.values[name] = max(-50.0, min(50.0, value)) if name == "out.ramped" else abs(value)
+            moved = max(-50.0, min(50.0, value)) if name == "out.ramped" else abs(value)
+            site.values[name] = float(round(moved)) if name == "out.stepped" else moved
         case ("link", state):
             site.link = state
         case ("broken", names):
@@ -217,21 +240,37 @@ def perform(site: Site, number: int, act: Any) -> set[str]:
                 site.command(f"c{number}", {name: value}, 3.0 if number % 2 else None)
         case ("mute", device):
             return {device}
+        case ("away", noticed, value):  # it comes back as it likes: at values of its own, and answers writes
+            site.away = {"out"} if value < 0.0 else set()
+            site.values |= {
+                "out.ramped": value / 2.0,
+                "out.stepped": float(round(abs(value))),
+                "out.free": value,
+            }
+            if noticed or site.image.devices.get("out") is None:
+                site.lose("out")
+            else:  # a scan that hangs
+                site.image.devices["out"] = site.image.devices["out"]._replace(
+                    at_s=-inf, seen_s=-inf, held=False
+                )
+        case ("booted",):
+            site.away = set()
         case ("restart", reboot):
             site.restart(site.now_s, reboot=reboot)
     return set()
 
 
-def check_writes(site: Site) -> None:
+def check_writes(site: Site, made: Plant = SITE) -> None:
     """Check every write of a story against the limits of its tag, from the plant's side."""
     by_tag: dict[str, list[tuple[float, Any, Any]]] = defaultdict(list)
     for at_s, name, value, before in site.written:
         by_tag[name].append((at_s, value, before))
     for name, writes in by_tag.items():
-        of = SITE.limits[name]
+        of = made.limits[name]
         assert of.writable
         for at_s, value, before in writes:
             assert check(of, value) is None
+            assert of.grid.nearest(value) == value
             if of.max_step is not None and isinstance(before, float):
                 assert abs(value - before) <= of.max_step + 1e-6, (name, at_s)
         for (one_s, *_), (other_s, *_) in itertools.pairwise(writes):
@@ -249,6 +288,78 @@ def check_ramp(of: Limits, writes: list[Any]) -> None:
     for (one_s, *_), (other_s, value, before) in itertools.pairwise(writes):
         assert of.ramp_per_s is not None
         assert abs(value - before) <= of.ramp_per_s * min(other_s - one_s, pace_s) + 1e-6
+
+
+FED, FED_PROBLEMS = plant(
+    {"src.a": "number", "out.x": "number writable min=0 max=50 refresh=5s min_interval=1s max_per_hour=1000 safe=1",
+     "out.y": "int writable max_step=10 refresh=3s"},
+    {"one": {"when": "src.a > 10.0", "do": {"out.x": "src.a", "out.y": 40.0}, "finally": {"out.y": 0.0}}},
+)  # fmt: skip
+TICKS = st.lists(
+    st.one_of(
+        st.just(("on",)),
+        st.tuples(st.just("a"), st.floats(0.0, 49.0)),
+        st.tuples(st.just("command"), st.floats(0.0, 50.0), st.none() | st.sampled_from([2.0, 20.0])),
+        st.tuples(st.just("broken"), st.booleans()),
+        st.tuples(st.just("away"), st.booleans()),
+        st.tuples(st.just("restart"), st.booleans()),
+        st.tuples(st.just("wait"), st.integers(2, 20)),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(TICKS)
+def test_p8_between_two_refreshes_there_is_no_more_than_refresh_and_a_cycle_while_the_device_answers(
+    story: list[Any],
+) -> None:
+    assert FED_PROBLEMS == []
+    site = Site(FED)
+    site.values = {"src.a": 0.0, "out.x": 0.0, "out.y": 0.0}
+    owned: dict[str, int] = {}
+    tick = 0
+    for act in [*story, ("wait", 20)]:
+        for _ in range(act[1] if act[0] == "wait" else 1):
+            tick += 1
+            site.until(float(tick))
+            fed_as_often_as_it_must(site, owned, tick)
+            feed(site, tick, act)
+            site.scan("src")
+            if site.away:
+                site.lose("out")
+            else:
+                site.scan("out")
+            site.cycles()
+    check_writes(site, FED)
+
+
+def feed(site: Site, tick: int, act: Any) -> None:
+    match act:
+        case ("a", value):
+            site.values["src.a"] = value
+        case ("command", value, lease_s):
+            site.command(f"c{tick}", {"out.x": value}, lease_s)
+        case ("broken", broken):
+            site.broken = {"out.x"} if broken else set()
+        case ("away", away):
+            site.away = {"out"} if away else set()
+        case ("restart", reboot):
+            site.restart(site.now_s, reboot=reboot)
+
+
+def fed_as_often_as_it_must(site: Site, owned: dict[str, int], tick: int) -> None:
+    """Check each setpoint that somebody has, and whose device answers and takes writes, against its last write."""
+    for name, of in FED.limits.items():
+        if not of.writable:
+            continue
+        if name not in site.state.owners or site.away or name in site.broken or site.state.failures.get(name):
+            owned.pop(name, None)
+            continue
+        since = owned.setdefault(name, tick)
+        assert of.refresh_s is not None
+        last = max((at_s for at_s, at, *_ in site.written if at == name), default=-inf)
+        assert tick - max(last, since) <= of.refresh_s + 1.0, (name, tick, last, since)
 
 
 def test_the_properties_see_writes() -> None:

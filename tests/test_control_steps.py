@@ -1,6 +1,7 @@
 """Rules, arbitration, guard and commands as step tables that include the plant's reaction."""
 
 import tomllib
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def test_steps(case: dict[str, Any]) -> None:
     )  # fmt: skip
     assert problems == []
     site = Site(made)
+    site.seen_s = inf  # a device goes on answering until a row says otherwise
     site.held = set(case.get("held", ()))
     for row in case["rows"]:
         assert set(row) <= ROW, set(row) - ROW
@@ -35,6 +37,9 @@ def test_steps(case: dict[str, Any]) -> None:
 def play(site: Site, row: dict[str, Any]) -> list[str]:
     """Let time pass to a row, do what it says, and return all that happened."""
     before_s = site.now_s
+    for device in row.get("mute", ()):
+        if (latest := site.image.devices.get(device)) is not None:
+            site.image.devices[device] = latest._replace(seen_s=latest.at_s)
     if "restart" in row:
         site.due_s = None  # it was not running
     happened = site.until(row["at"])
@@ -49,10 +54,11 @@ def play(site: Site, row: dict[str, Any]) -> list[str]:
             site.values[name] = None if value == "bad" else float(value[1:])
         else:
             site.values[name] = value
-    for device in row.get("lost", ()):
-        site.image[device] = site.image[device]._replace(at_s=site.now_s, held=False)
+    lost = row.get("lost", ())
     for device in sorted({name.partition(".")[0] for name in site.values}):
-        if device not in row.get("mute", ()) and (device not in site.held or "see" in row):
+        if device in lost:
+            site.lose(device)
+        elif device not in row.get("mute", ()) and (device not in site.held or "see" in row):
             site.scan(device)
     if (command := row.get("command")) is not None:
         lease = command.get("lease")

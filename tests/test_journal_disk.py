@@ -1,9 +1,11 @@
 """The journal on disks that are full, break or are slow: real file systems under real gateways."""
 
 import asyncio
+import fcntl
 import os
 import shutil
 import signal
+import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,12 +14,12 @@ from pathlib import Path
 import pytest
 from field import Field, field
 from gateway_rig import Message, Subscriber, config, device, gateway, until
-from journal_rig import MIB, Hand, Told, chain, covered, named, numbers, scan
+from journal_rig import MIB, Hand, Told, chain, covered, gaps_in, kept, named, numbers, scan
 from journal_rig import config as journal_config
 from rig import Process, free_port, mosquitto, needs_mosquitto, needs_strace
 
 from edgegw.domain.ranges import Ranges
-from edgegw.journal.store import Reader, size_bytes
+from edgegw.journal.store import FRAME, Reader, size_bytes
 
 KINDS = ("data", "event", "backfill", "summary")
 MAX_SIZE = 4 * MIB
@@ -62,6 +64,14 @@ class Disk:
         """Have the others go."""
         for file in self.path.glob("others*"):
             file.unlink()
+
+    def cut_power(self) -> None:
+        """Have nothing reach the disk any more, and start from what is on it (ext4's shutdown, without its log)."""
+        fd = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.ioctl(fd, 0x8004587D, struct.pack("I", 2))
+        finally:
+            os.close(fd)
 
     def break_down(self) -> None:
         """Have the kernel find an error in the file system."""
@@ -159,7 +169,8 @@ async def test_p5_others_fill_the_disk_and_nothing_stops_or_goes_unnamed(tmp_pat
                 before = len(first.batches("data"))
                 await until(lambda: len(first.batches("data")) > before + 20, "live batches all the same")
                 sizes.append(disk.bytes)
-            await scans_go_on(meter, 400)
+            await until(lambda: run.said("have become summaries"), "the oldest to go, or to be thinned", 90.0)
+            await scans_go_on(meter)
             sizes.append(disk.bytes)
             disk.free()
             await until(lambda: run.said("there is room on the disk again"), "it to be said")
@@ -258,6 +269,38 @@ async def test_p5_a_disk_that_turns_read_only_stops_neither_polling_nor_the_daem
     is_sound(seen.batches(*KINDS))
 
 
+@needs_mosquitto
+async def test_p1_a_power_cut_that_damages_the_wal_makes_no_seq_be_used_twice(
+    tmp_path: Path, disk: Disk
+) -> None:
+    port = free_port()
+    async with field() as meter:
+        with mosquitto(tmp_path, port), Subscriber(port) as seen:
+            with gateway(tmp_path, site(disk, port, meter)) as run:
+                await until(lambda: len(seen.batches("data")) > 60, "batches")
+                disk.cut_power()
+                run.send(signal.SIGKILL)
+                await asyncio.to_thread(run.end)
+            disk.unmount()
+            disk.mount()
+            wal = bytearray((disk.path / "journal.db-wal").read_bytes())
+            salts = wal[16:24]
+            ends = [at for at in range(32, len(wal) - FRAME + 1, FRAME) if wal[at + 8 : at + 16] == salts]
+            wal[ends[-12] + 500] ^= 1
+            (disk.path / "journal.db-wal").write_bytes(wal)
+            before = len(seen.batches("data"))
+            with gateway(tmp_path, site(disk, port, meter)) as run:
+                await until(lambda: len(seen.batches("data")) > before + 20, "batches again")
+                await stop(run)
+            await until(lambda: whole(seen.batches(*KINDS)).covers(1, head(disk)), "all of it, or its gap")
+    bodies: dict[tuple[str, int], bytes] = {}
+    for message in seen.batches(*KINDS):
+        key = (message.batch.stream, message.batch.seq)
+        assert bodies.setdefault(key, message.body) == message.body, f"{key} came twice"
+    is_sound(seen.batches(*KINDS))
+    assert named(bodies.values(), seen.batches("data")[0].batch.stream), "what was behind the damage is named"
+
+
 FAULTS = {
     "one fdatasync fails": "inject=fdatasync:error=EIO:when=30",
     "writes fail for a while": "inject=pwrite64:error=ENOSPC:when=300..312",
@@ -288,3 +331,75 @@ async def test_p5_a_call_that_fails_or_stalls_loses_nothing(tmp_path: Path, faul
     counts = sorted(numbers({message.body for message in seen.batches(*KINDS)}))
     assert counts == list(range(1, len(counts) + 1))
     assert "INJECTED" in (tmp_path / "trace").read_text() or "DELAYED" in (tmp_path / "trace").read_text()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MiB in memory, where one can be mounted."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = (
+        os.geteuid() == 0
+        and not tool("mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder), check=False).returncode
+    )
+    if not mounted:
+        pytest.skip("needs root for a disk of its own")
+    yield folder
+    tool("umount", "-l", str(folder), check=False)
+
+
+def fill(folder: Path) -> Path:
+    """Have others take all that is free."""
+    hog = folder / f"others{len(list(folder.iterdir()))}"
+    with suppress(OSError), hog.open("wb", buffering=0) as file:
+        while file.write(bytes(64 * 1024)) == 64 * 1024:
+            pass
+    return hog
+
+
+@pytest.mark.parametrize("records", [5, 2_000])
+def test_p5_a_disk_that_others_fill_costs_no_record_while_there_is_room_and_names_do_not_breed(
+    small_disk: Path, records: int
+) -> None:
+    """The defaults, no broker, and `dd`: what the ballast gave back is for what comes."""
+    hand = Hand(small_disk / "journal.db", journal_config(1024 * MIB, when_full="thin"))
+    hand.turn(*(scan(n) for n in range(records)))
+    hog = fill(small_disk)
+    for n in range(records, records + 60):
+        hand.turn(scan(n))
+    assert hand.writer._headroom.confined, "the disk was full"
+    assert hand.writer.error is None
+    assert hand.told[-1].batch.last == records + 61, "a record each, and the stream event"
+    assert not named((one.body for one in hand.told), hand.told[0].stream)
+    hog.unlink()
+    hand.turn(scan(records + 60))
+    hand.close()
+    assert numbers(kept(hand.path).bodies.values()) == list(range(records + 61))
+
+
+def test_p5_on_a_disk_without_room_the_oldest_go_as_room_demands_and_one_range_names_them(
+    small_disk: Path,
+) -> None:
+    """For days: each record costs an old one, and what named a loss is named with it."""
+    hand = Hand(small_disk / "journal.db", journal_config(1024 * MIB, when_full="drop"))
+    hand.turn(*(scan(n) for n in range(2_000)))
+    fill(small_disk)
+    hand.turn(scan(2_000))
+    before = len(hand.told)
+    fill(small_disk)
+    while not any(gaps_in(one.body, one.stream) for one in hand.told[before:]):
+        hand.turn(*(scan(hand.told[-1].batch.last + n, 60, width=3) for n in range(20)))
+    sizes = []
+    for _ in range(600):
+        hand.turn(*(scan(hand.told[-1].batch.last + n, 60, width=3) for n in range(10)))
+        sizes.append(sum(batch.size for batch in kept(hand.path).batches.values()))
+    gaps = [gap for one in hand.told for gap in gaps_in(one.body, one.stream)]
+    held = kept(hand.path)
+    last = max(gap["to"] for gap in gaps)
+    assert gaps[-1]["from"] == 1, "one range from the first that went"
+    assert Ranges((gap["from"], gap["to"]) for gap in gaps).covers(1, last)
+    assert min(held.bodies) > last - 100, "what is named is gone, and nothing else"
+    assert sum(len(gaps_in(body, held.stream)) for body in held.bodies.values()) < 250
+    assert hand.told[-1].batch.last < 2_000 + 601 * 12 + 400, "events about what went are few"
+    assert min(sizes) > max(sizes) / 2, "no more goes than room demands"
+    hand.close()

@@ -30,17 +30,18 @@ from journal_rig import (
     named,
     numbers,
     scan,
+    spoil,
 )
 from powercut import Disk, disk
 
 from edgegw.domain.batch import Kind
 from edgegw.domain.ranges import Ranges
-from edgegw.domain.record import Scan
-from edgegw.errors import JournalError
+from edgegw.domain.record import Event, Scan
+from edgegw.errors import JournalDamaged, JournalError
 from edgegw.journal import inbox
 from edgegw.journal.journal import Found, Journal
-from edgegw.journal.mark import MarkFile
-from edgegw.journal.store import PAGE, Reader, Store, set_aside, unpack, walk
+from edgegw.journal.mark import Mark, MarkFile
+from edgegw.journal.store import FRAME, PAGE, Reader, Store, delete_set_aside, set_aside, unpack, walk
 
 DEADLINE_S = 10.0
 
@@ -366,6 +367,61 @@ def test_a_flipped_bit_in_the_wal_of_a_killed_journal_is_found_and_named(tmp_pat
     hand.close()
 
 
+def frames(wal: Path) -> list[tuple[int, bool]]:
+    """Return where the frames of a WAL begin that are of its present life, and whether each ends a commit."""
+    content = wal.read_bytes()
+    return [
+        (at, content[at + 4 : at + 8] != bytes(4))
+        for at in range(32, len(content) - FRAME + 1, FRAME)
+        if content[at + 8 : at + 16] == content[16:24]
+    ]
+
+
+def test_p1_a_flipped_bit_in_the_wal_after_a_power_cut_makes_no_seq_be_used_twice(tmp_path: Path) -> None:
+    """The mark has gone back with the power: only the frames behind the damage tell how far the journal had come."""
+    hand = Hand(tmp_path / "journal.db", config())
+    hand.turn(scan(0))
+    early = hand.mark.read_bytes()
+    marked = len(frames(hand.path.with_name("journal.db-wal")))
+    dice = random.Random(1)
+    for n in range(1, 40):
+        hand.turn(*(scan(100 * n + i, 1 + dice.randrange(60)) for i in range(1 + dice.randrange(5))))
+    hit = [at for at, _ in frames(hand.path.with_name("journal.db-wal"))]
+    outcomes: Counter[str] = Counter()
+    for seed in range(150):
+        dice = random.Random(seed)
+        path = hand.copy_to(tmp_path / "hit")
+        path.with_name("journal.db.mark").write_bytes(early)
+        at = dice.choice(hit[marked:])
+        begin = at + 24 if at == hit[-1] else at  # the last commit's own header alone says that it was one
+        flip(path.with_name("journal.db-wal"), dice, within=range(begin, at + FRAME))
+        drained = Drained(Hand(path, config()))
+        drained.hand.turn(scan(10_000))
+        drained.drain()
+        drained.close()
+        outcomes[judge(hand.told, drained)] += 1
+        shutil.rmtree(path.parent)
+    assert outcomes["new stream"] == 0, "what is before the damage is kept, and sent"
+    assert outcomes["stretch"] > 100, outcomes
+    hand.close()
+
+
+def test_a_commit_that_a_kill_cut_short_is_no_reason_to_skip_seqs(tmp_path: Path) -> None:
+    """Its frames are there and no commit: nobody was told of it, and its seqs are free."""
+    hand = filled(tmp_path / "journal.db", 20)
+    *_, (_, before_commits), (last, commits) = frames(hand.path.with_name("journal.db-wal"))
+    assert commits
+    assert not before_commits, "a transaction of several frames"
+    path = hand.copy_to(tmp_path / "cut")
+    os.truncate(path.with_name("journal.db-wal"), last)
+    path.with_name("journal.db.mark").write_bytes(b"")
+    again = Hand(path, config())
+    (told,) = again.turn(scan(1000))
+    assert told.batch.seq == hand.told[-1].batch.seq
+    again.close()
+    hand.close()
+
+
 def test_a_wal_cut_short_is_an_older_copy(tmp_path: Path) -> None:
     hand = filled(tmp_path / "journal.db", 30)
     for part in (0.9, 0.5, 0.1, 0.0):
@@ -404,6 +460,7 @@ def test_the_newest_batch_damaged_costs_itself_alone_when_the_mark_vouches_for_i
 def test_an_acknowledged_batch_that_is_damaged_goes_without_a_gap(tmp_path: Path) -> None:
     hand = filled(tmp_path / "journal.db", 20)
     hand.acknowledge(hand.told[:10])
+    spoil(hand.path, 5)
     hand.inbox.tell(inbox.Damage(hand.writer.stream, "for the test", 5, 5))
     assert hand.turn(event(1))[0].batch.count == 1
     assert 5 not in kept(hand.path).bodies
@@ -414,11 +471,52 @@ def test_an_acknowledged_batch_that_is_damaged_goes_without_a_gap(tmp_path: Path
 def test_the_newest_batch_damaged_leaves_a_tip_though_it_was_acknowledged(tmp_path: Path) -> None:
     hand = filled(tmp_path / "journal.db", 3)
     hand.acknowledge(hand.told)
+    spoil(hand.path, 4)
     hand.inbox.tell(inbox.Damage(hand.writer.stream, "for the test", 4, 4))
     (gap,) = events(hand.turn(), "gap")
     assert (gap["from"], gap["to"]) == (4, 4)
     hand.close()
     assert kept(hand.path).head == 5
+
+
+def test_a_single_misread_costs_neither_a_batch_nor_the_file(tmp_path: Path) -> None:
+    """What a reader found damaged, missing, or no journal at all, the writer reads once more by itself."""
+    hand = filled(tmp_path / "journal.db", 10)
+    stream = hand.writer.stream
+    hand.inbox.tell(inbox.Damage(stream, "batch 5: its bytes do not give its hash", 5, 5))
+    hand.inbox.tell(inbox.Damage(stream, "records 7 to 9 are not there", 7, 9))
+    hand.inbox.tell(inbox.Damage(stream, "a page is not a page"))
+    told = hand.turn(scan(1000))
+    assert hand.writer.error is None
+    assert hand.writer.stream == stream
+    assert not events(told, "gap")
+    assert covered(kept(hand.path).bodies.values()).covers(1, 12)
+    assert hand.settled.pending_batches == 12
+    hand.close()
+
+
+async def test_a_batch_that_is_misread_once_is_sent_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand = filled(tmp_path / "journal.db", 10)
+    hand.close()
+    journal = Journal(hand.path, "site-7", config(), 128 * 1024)
+    journal.start()
+    await journal.opened.wait()
+    misread = iter([True])
+
+    def once(batch: Any) -> bytes:
+        if batch.seq == 5 and next(misread, False):
+            raise JournalDamaged(f"batch {batch.seq}: its bytes do not give its hash")
+        return unpack(batch)
+
+    monkeypatch.setattr("edgegw.journal.journal.unpack", once)
+    found = await journal.read(1, 11, 100)
+    assert [batch.seq for batch, body in found.batches if body is None] == [5]
+    await journal.flush()
+    found = await journal.read(1, 11, 100)
+    assert [body for _, body in found.batches] == [one.body for one in hand.told]
+    assert await journal.close()
 
 
 def test_damage_of_a_stream_that_is_gone_changes_nothing(tmp_path: Path) -> None:
@@ -473,6 +571,12 @@ def test_a_damage_found_while_running_is_named_from_what_memory_knows(tmp_path: 
     hand = filled(tmp_path / "journal.db", 10)
     hand.acknowledge(hand.told[:4])
     stream = hand.writer.stream
+    assert hand.writer._store is not None
+    hand.writer._store.checkpoint(force=True)
+    with hand.path.open("r+b") as file:
+        file.seek(PAGE)
+        while file.write(b"\xff" * 16) and file.seek(PAGE - 16, os.SEEK_CUR) < hand.path.stat().st_size:
+            pass  # every page but the first begins with what begins no page
     hand.inbox.tell(inbox.Damage(stream, "for the test: a page is not a page"))
     told = hand.turn(scan(1000))
     assert hand.writer.error is None
@@ -567,14 +671,46 @@ def test_an_empty_file_is_a_lost_one(tmp_path: Path) -> None:
     again.close()
 
 
-@pytest.mark.parametrize("spoil", ["missing", "empty", "torn", "flipped", "nonsense"])
+def test_a_journal_without_its_mark_begins_a_new_stream_and_uses_no_seq_twice(tmp_path: Path) -> None:
+    """As when only the database is restored: how far it had come nobody can say."""
+    hand = filled(tmp_path / "journal.db", 10)
+    hand.acknowledge(hand.told[:4])
+    hand.close()
+    hand.mark.unlink()
+    again = Hand(hand.path, config())
+    told = again.turn(scan(1000))
+    (began,) = events(told, "stream")
+    assert (began["reason"], began["previous"], began["previous_head"]) == (
+        "older-copy", hand.writer.stream, 11,
+    )  # fmt: skip
+    assert list(named((one.body for one in told), hand.writer.stream)) == [(5, 11)]
+    assert again.writer.stream != hand.writer.stream
+    again.close()
+
+
+def test_a_streams_first_commit_is_marked_on_the_disk_before_anyone_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    for name in ("fdatasync", "fsync"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda fd, real=real: (synced.append(os.fstat(fd).st_ino), real(fd)))
+    hand = Hand(tmp_path / "journal.db", config())
+    heard: list[tuple[Mark | None, set[int]]] = []
+    hand.listener = lambda told: heard.append((MarkFile(hand.path).read(), set(synced)))
+    hand.turn(scan(1))
+    mark, done = heard[0]
+    assert mark == Mark(hand.writer.stream, 2, hand.told[-1].batch.digest.hex(), clean=False)
+    assert {hand.mark.stat().st_ino, tmp_path.stat().st_ino} <= done
+    hand.close()
+
+
+@pytest.mark.parametrize("spoil", ["empty", "torn", "flipped", "nonsense"])
 def test_a_mark_that_cannot_be_read_costs_nothing(tmp_path: Path, spoil: str) -> None:
     hand = filled(tmp_path / "journal.db", 10)
     hand.close()
     line = hand.mark.read_bytes()
     match spoil:
-        case "missing":
-            hand.mark.unlink()
         case "empty":
             hand.mark.write_bytes(b"")
         case "torn":
@@ -708,6 +844,67 @@ def test_p5_a_full_disk_for_long_loses_what_memory_cannot_hold_and_says_so(
     again = Hand(hand.path, config())
     assert again.settled.copy().covers(gap["from"], gap["to"])
     again.close()
+
+
+def test_p4_events_wait_for_a_disk_that_hangs_within_bounds_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused commands cost no more than scans; what control did has room of its own."""
+    monkeypatch.setattr(inbox, "BYTES", 50_000)
+    monkeypatch.setattr(inbox, "EVENT_BYTES", 30_000)
+    hand = filled(tmp_path / "journal.db", 1)
+    refused = Event(1, "command", {"id": "x" * 100, "ok": False, "error": "expired 3.0 s ago"})
+    acted = Event(2, "write", {"tag": "battery.setpoint_kw", "new": 1.0})
+    for _ in range(5_000):
+        hand.inbox.put(refused)
+    assert hand.inbox._load.bytes < 51_000
+    hand.inbox.put(acted)
+    for _ in range(5_000):
+        hand.inbox.put(Event(3, "authority", {"tag": "battery.setpoint_kw", "owner": "rule:a"}))
+    assert hand.inbox._load.bytes < 81_000
+    told = hand.turn()
+    assert len(events(told, "write")) == 1
+    lost = named((one.body for one in told), hand.writer.stream)
+    assert hand.writer.head - lost.total() < 10_001 - 5_000, "what found no room is numbered and named"
+    assert chain(one.body for one in hand.told).intact
+    hand.close()
+
+
+async def test_flushes_that_nobody_waits_for_are_forgotten_while_a_disk_hangs() -> None:
+    waiting = inbox.Inbox(1024)
+    loop = asyncio.get_running_loop()
+    for _ in range(10 * inbox.WAITING_FLUSHES):
+        done: asyncio.Future[None] = loop.create_future()
+        waiting.tell(done)
+        done.cancel()
+    mine: asyncio.Future[None] = loop.create_future()
+    waiting.tell(mine)
+    flushes = waiting.take().flushes
+    assert mine in flushes
+    assert len(flushes) <= inbox.WAITING_FLUSHES + 1
+
+
+def test_files_set_aside_are_bounded_and_what_is_deleted_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    for n in range(5):
+        hand = filled(path, 20)
+        hand.close()
+        content = path.read_bytes()
+        path.write_bytes(b"no database" + content[11:])
+        before = sorted(file.name for file in tmp_path.glob("journal.db.2*Z"))
+        again = Hand(path, config())
+        told = again.turn()
+        again.close()
+        aside = sorted(file.name for file in tmp_path.glob("journal.db.2*Z"))
+        (began,) = events(told, "stream")
+        assert began["set_aside"] == aside[-1]
+        assert began.get("deleted", []) == sorted(set(before) - set(aside), reverse=True)
+        assert len(aside) == min(n + 1, 2)
+    size = path.with_name(aside[0]).stat().st_size
+    (tmp_path / "journal.db.note").write_text("not ours")
+    assert delete_set_aside(path, 2, size) == aside[:1], "more than they may take in all"
+    assert delete_set_aside(path, 2, 0) == [], "the newest stays"
+    assert (tmp_path / "journal.db.note").exists()
 
 
 def test_a_commit_that_fails_after_it_reached_the_disk_is_told_once(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from journal_rig import GATEWAY, Hand, Told, config, event, gaps_in, kept, numbers
+from journal_rig import GATEWAY, Hand, Told, config, event, gaps_in, kept, numbers, spoil
 from test_journal_faults import Drained
 from test_journal_thin import joint, recomputed
 
@@ -285,6 +285,7 @@ class Journals(RuleBasedStateMachine):
         seq = sorted(self.standing)[at % len(self.standing)]
         if seq in kept(self.hand.path).bodies:
             self.excused = Ranges([*self.excused, *self.look(self.standing[seq]).named])
+        spoil(self.hand.path, seq)
         self.hand.inbox.tell(Damage(self.hand.writer.stream, "for the test", seq, seq))
         self.turn()
         assert self.hand.settled.copy().covers(seq, seq)

@@ -211,7 +211,8 @@ def test_what_was_read_before_it_was_thinned_is_not_taken_to_be_sent(tmp_path: P
 def test_pending_batches_are_counted_through_thinning_and_dropping(tmp_path: Path) -> None:
     hand = Hand(tmp_path / "journal.db", config(4 * MIB, when_full="thin"), max_message=16 * 1024)
     fill(hand, 7 * MIB, events_every=5)
-    hand.acknowledge(hand.told[-10:])
+    left = kept(hand.path).bodies
+    hand.acknowledge(one for one in hand.told[-10:] if left.get(one.batch.seq) == one.body)  # not thinned yet
     settled = hand.settled.copy()
     waiting = [b for b in kept(hand.path).batches.values() if not settled.covers(b.seq, b.last)]
     assert hand.settled.pending_batches == len(waiting)

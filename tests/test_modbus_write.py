@@ -634,7 +634,7 @@ async def test_a_write_that_is_cancelled_leaves_nothing_behind_and_is_not_sent_a
                 assert len(device.writes) <= 1
                 assert await driver.write("mode", steps) == steps
                 assert len(device.writes) <= 2
-                assert not driver._session.connection._wire._waiting  # type: ignore[union-attr]
+                assert driver._session.connection._wire._asked is None  # type: ignore[union-attr]
 
 
 async def everything(far: socket.socket) -> bytes:

@@ -9,9 +9,11 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,8 @@ from asyncua import ua
 from asyncua.common.utils import ServiceError
 from asyncua.server.internal_session import InternalSession
 from asyncua.server.server import Server
+from gateway_rig import config as gateway_config
+from gateway_rig import gateway, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_opcua_driver import (
@@ -35,6 +39,7 @@ from test_opcua_driver import (
 from test_opcua_driver import Field as ReadField
 
 from edgegw.config.schema import OpcUaTag
+from edgegw.control.hand import address
 from edgegw.drivers.opcua import values, writing
 from edgegw.drivers.opcua.driver import OpcUaDriver
 from edgegw.errors import NotConnected, Refused, Unconfirmed
@@ -281,6 +286,59 @@ async def test_the_type_of_each_node_is_kept_and_the_value_read_back(field: Fiel
             ["Boolean", "Boolean", True],
             ["String", "String", "Zähler"],
         ]
+
+
+@MODES
+async def test_the_types_of_writable_numbers_are_learnt_before_anything_is_read(
+    field: Field, mode: str
+) -> None:
+    """A node that cannot be written as a single value is not learnt, and harms no other."""
+    types = {"Int16": "", "Double": "float64", "Float": "", "Array": "", "Gone": ""}
+    tags = {
+        name.lower(): {"address": f"ns=2;s={name}", "type": kind, "writable": True}
+        for name, kind in types.items()
+    }
+    async with OpcUaDriver("plant", config(field.url, tags=tags, mode=mode)) as driver:
+        await working(driver)
+        assert (
+            driver.held_types.items() >= {"int16": "int16", "double": "float64", "float": "float32"}.items()
+        )
+        assert "nothing" not in driver.held_types
+
+
+@MODES
+async def test_p8_what_arrives_in_an_integer_node_is_within_the_limits_also_where_the_type_is_not_configured(
+    field: Field, tmp_path: Path, mode: str
+) -> None:
+    limits = {"writable": True, "min": -46.0, "max": 49.6, "max_step": 20.5}
+    device = {"driver": "opcua", "url": field.url, "every": "100ms", "mode": mode}
+    tags = {"setpoint": {"address": "ns=2;s=Int16"} | limits}
+    with gateway(tmp_path, gateway_config(free_port(), {"plant": device | {"tags": tags}})) as run:
+        await until(lambda: (tmp_path / "journal.db.sock").exists(), "the socket")
+        with address(tmp_path / "journal.db.sock") as name:
+            reader, writer = await asyncio.open_unix_connection(name)
+
+        async def ask(line: dict[str, Any]) -> dict[str, Any]:
+            writer.write(json.dumps(line).encode() + b"\n")
+            return dict(json.loads(await asyncio.wait_for(reader.readline(), DEADLINE_S)))
+
+        async def holds(value: float | None) -> None:
+            async with asyncio.timeout(DEADLINE_S):
+                while (await ask({"show": "plant.setpoint"}))["value"] != value:
+                    pass
+
+        await holds(1)
+        command = {
+            "id": "hand-1",
+            "write": {"plant.setpoint": 49.6},
+            "expires": round(time.time() * 1000) + 30_000,
+        }
+        assert (await ask(command))["ok"]
+        await holds(49)
+        writer.close()
+        run.send(signal.SIGTERM)
+        await asyncio.to_thread(run.end)
+    assert await field.writes() == [["Int16", "Int16", value] for value in (21, 41, 49)]
 
 
 async def test_the_type_is_asked_once_for_each_connection(field: Field) -> None:

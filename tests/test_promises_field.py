@@ -11,6 +11,7 @@ import pytest
 from field import Answer, Field, field, frame
 from gateway_rig import Subscriber, config, device, gateway, union, until
 from rig import Process, free_port, mosquitto, needs_strace
+from serial_gateway import serial_gateway
 
 
 def rss_mb(process: Process) -> float:
@@ -86,10 +87,49 @@ async def test_p6_a_mean_device_changes_nothing_for_its_neighbours(
             await stopped(run)
         pauses = [b - a for times in since for a, b in itertools.pairwise(times)]
         assert statistics.median(pauses) == pytest.approx(0.1, abs=0.02)
-        # bytes that are no Modbus end a shared connection for all; otherwise nobody waits a time-out
-        worst = 0.6 if shared and behaviour in ("garbage", "half") else 0.35
+        # who shares a connection waits while the mean unit is asked, once in a while; and bytes that are no Modbus end
+        # the connection for all
+        waits = {"mute": 0.3, "slow": 0.3, "wrong-transaction": 0.3, "garbage": 0.25, "half": 0.6}
+        worst = 0.35 + (waits.get(behaviour, 0.0) if shared else 0.0)
         assert max(pauses) < worst, sorted(pauses)[-5:]
+        assert sum(pause > 0.2 for pause in pauses) <= len(pauses) / 10
         assert min(len(times) for times in since) > 20
+
+
+async def test_p6_dead_units_behind_a_slow_gateway_leave_the_others_their_cadence(tmp_path: Path) -> None:
+    """Ten units on one bus, two of them dead, for which the gateway needs as long as the time-out to say so."""
+    port = free_port()
+    async with serial_gateway(0.02) as bus:
+        bus.dead, bus.dead_s = {9, 10}, 1.0
+        devices = {f"u{i}": device(bus.port, unit=i, every="1s", timeout="1s") for i in range(1, 11)}
+        with mosquitto(tmp_path, port), Subscriber(port) as seen:
+            with gateway(tmp_path, config(port, devices)) as run:
+                await until(
+                    lambda: min(bus.scans[i] for i in range(1, 9)) >= 14, "scans of the healthy units", 60
+                )
+                await stopped(run)
+            got = union(seen.batches())
+        asked = len(bus.asked[9]) + len(bus.asked[10])
+        starts = [bus.asked[i][0] for i in range(1, 9)]
+    assert {event["device"] for event in got.events("device-down")} == {"u9", "u10"}
+    missed = [round(bus.asked[i][-1] - bus.asked[i][0]) + 1 - len(bus.asked[i]) for i in range(1, 9)]
+    assert 2 <= asked <= 12
+    assert max(missed) <= asked, "a dead unit costs a scan each time that it is asked, and no more"
+    assert max(starts) - min(starts) > 0.3, "they do not begin together"
+
+
+async def test_p6_every_unit_of_a_slow_bus_is_read(tmp_path: Path) -> None:
+    """Half of the bus's time is used, and an answer takes half of the time-out."""
+    port = free_port()
+    async with serial_gateway(0.5) as bus:
+        devices = {f"u{i}": device(bus.port, unit=i, every="5s", timeout="1s") for i in range(1, 6)}
+        with mosquitto(tmp_path, port), Subscriber(port) as seen:
+            with gateway(tmp_path, config(port, devices)) as run:
+                await until(lambda: min(bus.scans[i] for i in range(1, 6)) >= 2, "two scans of each", 30)
+                await stopped(run)
+            got = union(seen.batches())
+    assert got.events("device-down") == []
+    assert bus.most == 1
 
 
 async def test_p6_dead_device_gives_one_record_and_one_when_it_is_back(tmp_path: Path) -> None:

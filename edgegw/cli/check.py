@@ -23,7 +23,11 @@ def command(config_path: Path | None, connect: bool, as_json: bool) -> None:
 
     With --connect every device is read once and every broker is logged in to; exit 1 if any of them fails.
     """
+    from edgegw.control.advice import advice
+    from edgegw.control.build import build
+
     config, path = load_config(config_path)
+    notes = advice(config, build(config)[0])
     tags = sum(len(device.tags) for device in config.device.values())
     found: dict[str, str | None] = {}
     if connect:
@@ -36,11 +40,14 @@ def command(config_path: Path | None, connect: bool, as_json: bool) -> None:
                 "config": str(path),
                 "devices": len(config.device),
                 "tags": tags,
+                "notes": notes,
                 "tried": found,
             }
         )
     else:
         click.echo(f"{path}: {len(config.device)} devices, {tags} tags: the configuration is right")
+        for note in notes:
+            click.echo(f"  note   {note}")
         for name, error in found.items():
             click.echo(f"  {'ok    ' if error is None else 'FAILED'} {error or name}")
     if failed:

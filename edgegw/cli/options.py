@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from edgegw.config.schema import Config
     from edgegw.journal.store import Reader
 
-from edgegw.errors import JournalError
-
 config_option: Callable[..., Any] = click.option(
     "-c", "--config", "config_path", type=click.Path(path_type=Path),
     help="The configuration; default $EDGEGW_CONFIG, else /etc/edgegw/config.toml, else ./config.toml.",
@@ -31,15 +29,12 @@ def load_config(path: Path | None) -> "tuple[Config, Path]":
 
 
 def open_journal(path: Path | None) -> "tuple[Reader, Config]":
-    """Open the configured journal for reading; raise JournalError."""
-    from edgegw.config.load import journal_path
+    """Open the gateway's journal for reading; raise EdgegwError."""
+    from edgegw.cli.daemon import locate, there
     from edgegw.journal.store import Reader
 
     config, found = load_config(path)
-    file = journal_path(config, found)
-    if not file.exists():
-        raise JournalError(f"journal {file}: not there; it is made when the gateway first runs")
-    return Reader(file), config
+    return Reader(there(locate(config, found))), config
 
 
 def print_json(value: Any) -> None:

@@ -79,12 +79,9 @@ def test(
 
 
 def _configured(config: "Config", path: Path) -> Path:
-    from edgegw.config.load import journal_path
+    from edgegw.cli.daemon import locate, there
 
-    file = journal_path(config, path)
-    if not file.exists():
-        raise JournalError(f"journal {file}: not there; it is made when the gateway first runs")
-    return file
+    return there(locate(config, path))
 
 
 def _from_table(file: Path, config: "Config") -> "Iterator[Moment]":

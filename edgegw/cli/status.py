@@ -25,14 +25,15 @@ ASK_S = 3.0
 def command(config_path: Path | None, as_json: bool) -> None:
     """Show link, backlog, devices, rules and windows, from the running gateway or, if it is not, from its journal."""
     config, path = load_config(config_path)
-    snapshot = _from_daemon(config) or _from_journal(config, path)
+    snapshot = from_daemon(config) or _from_journal(config, path)
     if as_json:
         print_json(snapshot)
     else:
         _show(snapshot)
 
 
-def _from_daemon(config: "Config") -> dict[str, Any] | None:
+def from_daemon(config: "Config") -> dict[str, Any] | None:
+    """Return the snapshot of the gateway with this id that answers on `status.http`, None if none does."""
     if not config.status.http:
         return None
     try:
@@ -48,10 +49,11 @@ def _from_daemon(config: "Config") -> dict[str, Any] | None:
 
 def _from_journal(config: "Config", path: Path) -> dict[str, Any]:
     from edgegw import __version__
-    from edgegw.config.load import journal_path
+    from edgegw.cli.daemon import locate
     from edgegw.journal.store import Reader, size_bytes
 
-    file = journal_path(config, path)
+    place = locate(config, path)
+    file = place.journal
     stream, head, acked, pending_records, pending_batches, oldest = "", 0, 0, 0, 0, None
     if file.exists():
         reader = Reader(file)
@@ -65,7 +67,8 @@ def _from_journal(config: "Config", path: Path) -> dict[str, Any]:
         "gateway": config.gateway.id,
         "stream": stream,
         "version": __version__,
-        "running": False,
+        "started": None,
+        "running": place.pid is not None,
         "link": {"state": "offline", "since": None, "broker": None},
         "journal": {
             "head": head, "acked": acked, "pending_batches": pending_batches, "pending_records": pending_records,
@@ -90,7 +93,9 @@ def _show(snapshot: dict[str, Any]) -> None:
 
     console = Console()
     link, journal = snapshot["link"], snapshot["journal"]
-    running = "running" if snapshot["running"] else "not running (this is what its journal says)"
+    running = "running" if snapshot["running"] else "not running"
+    if not snapshot["started"]:
+        running += " (this is what its journal says)"
     console.print(f"[bold]{snapshot['gateway']}[/bold] edgegw {snapshot['version']}, {running}")
     console.print(f"link     {link['state']}" + (f" to {link['broker']}" if link["broker"] else ""))
     console.print(

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgegw.cli.daemon import Ask, converse, own
+from edgegw.cli.daemon import Ask, converse, expect_alone, locate, own
 from edgegw.cli.options import config_option, json_option, load_config, print_json
 from edgegw.errors import JournalError, NoAnswer
 
 if TYPE_CHECKING:
     from edgegw.config.schema import Config
-    from edgegw.control.engine import Plant
     from edgegw.control.guard import Limits
     from edgegw.control.hand import Alone
+    from edgegw.control.plant import Plant
     from edgegw.domain.tag import Scalar
 
 EXPIRES_MS = 30_000
@@ -66,13 +66,15 @@ def command(
         return click.confirm(f"Write {_shown(wanted)} {unit}".rstrip() + "?", err=True)
 
     name = f"hand-{uuid.uuid4()}"
-    done = _by_daemon(config, path, tag, wanted, lease, name, confirm)
+    place = locate(config, path)
+    done = _by_daemon(place.journal, tag, wanted, lease, name, confirm)
     if done is None:
+        expect_alone(place, config, "write")
         if lease is not None:
             raise click.UsageError(
                 "the gateway is not running, and only it can hold a lease; take --lease out"
             )
-        done = asyncio.run(_alone(config, path, plant, tag, wanted, name, confirm))
+        done = asyncio.run(_alone(config, place.journal, plant, tag, wanted, name, confirm))
     if as_json:
         print_json(done)
     elif done["ok"]:
@@ -136,10 +138,9 @@ def _shown(value: Any) -> str:
 
 
 def _by_daemon(
-    config: "Config", path: Path, tag: str, wanted: "Scalar", lease: str | None, name: str, confirm: Confirm
+    journal: Path, tag: str, wanted: "Scalar", lease: str | None, name: str, confirm: Confirm
 ) -> dict[str, Any] | None:
     """Have the running gateway do it; return None if none runs."""
-    from edgegw.config.load import journal_path
 
     def talk(ask: Ask) -> dict[str, Any]:
         known = ask({"show": tag})
@@ -152,7 +153,7 @@ def _by_daemon(
         held = f"for {lease}" if lease else "until another command, or another's authority"
         return {**reply, "tag": tag, "wanted": wanted, "value": now, "note": f"held by the gateway {held}"}
 
-    return converse(journal_path(config, path), "write", talk)
+    return converse(journal, "write", talk)
 
 
 def _now_ms() -> int:
@@ -167,17 +168,15 @@ def _declined(name: str) -> dict[str, Any]:
 
 
 async def _alone(
-    config: "Config", path: Path, plant: "Plant", tag: str, wanted: "Scalar", name: str, confirm: Confirm
+    config: "Config", file: Path, plant: "Plant", tag: str, wanted: "Scalar", name: str, confirm: Confirm
 ) -> dict[str, Any]:
     """Write one step from here, holding the journal's lock; raise HeldError if a gateway is starting."""
-    from edgegw.config.load import journal_path
     from edgegw.control.hand import write_alone
     from edgegw.control.memory import MemoryFile
     from edgegw.drivers.registry import Drivers
     from edgegw.journal.journal import Journal
     from edgegw.runtime.lock import held
 
-    file = journal_path(config, path)
     own(file, "write")
     device = tag.partition(".")[0]
     with held(file.with_name(file.name + ".lock"), f"journal {file}"):

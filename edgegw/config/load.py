@@ -16,6 +16,9 @@ from edgegw.config.schema import Config, ModbusDevice, OpcUaDevice
 from edgegw.errors import ConfigError
 
 SYSTEM_PATH = Path("/etc/edgegw/config.toml")
+SYSTEM_STATE = Path("/var/lib/edgegw")
+SERVICE_CREDENTIALS = Path("/run/credentials/edgegw.service")
+"""Where systemd keeps the credentials of the packaged service while it runs."""
 
 Problem = tuple[tuple[str, ...], str]
 """A place in the configuration, and what is wrong there."""
@@ -102,21 +105,39 @@ def _sound_part(raw: dict[str, Any], places: list[tuple[str, ...]]) -> tuple[Con
 _NEEDED = ("driver", "url", "tags")
 
 
+def state_directory(config_path: Path) -> Path:
+    """Return where what a gateway keeps stands, if its path is relative.
+
+    $EDGEGW_STATE, else $STATE_DIRECTORY, which systemd sets for the service; a shell does not have it, so for the
+    system's configuration it is the same folder; else beside the configuration.
+    """
+    for variable in ("EDGEGW_STATE", "STATE_DIRECTORY"):
+        if named := os.environ.get(variable, "").split(":")[0]:
+            return Path(named)
+    if SYSTEM_PATH.parent in (*config_path.absolute().parents, *config_path.resolve().parents):
+        return SYSTEM_STATE
+    return config_path.parent
+
+
 def journal_path(config: Config, config_path: Path) -> Path:
-    """Return where the journal's file is: relative to $STATE_DIRECTORY if set, else to the configuration."""
-    state = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
-    return (Path(state) if state else config_path.parent) / config.journal.path
+    """Return where the journal's file is."""
+    return state_directory(config_path) / config.journal.path
 
 
 def secret(path: str, config_path: Path) -> str:
-    """Return the secret in a file, `%d/` standing for systemd's credentials; raise ConfigError."""
-    name = path.replace("%d", os.environ.get("CREDENTIALS_DIRECTORY", "%d"), 1)
+    """Return the secret in a file, `%d/` standing for systemd's credentials, also in a shell; raise ConfigError."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY") or str(SERVICE_CREDENTIALS)
     try:
-        return (config_path.parent / name).read_text(encoding="utf-8").rstrip("\r\n")
+        return (config_path.parent / path.replace("%d", folder, 1)).read_text(encoding="utf-8").rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            [f"{path}: cannot be read: {error}; expected a file that holds the password"]
-        ) from None
+        why = getattr(error, "strerror", None) or str(error)
+        hint = "expected a file that holds the password"
+        if "%d" in path and "CREDENTIALS_DIRECTORY" not in os.environ:
+            hint = (
+                "it is a credential of the service, which root alone can read from a shell, in "
+                f"{SERVICE_CREDENTIALS}, while the service runs"
+            )
+        raise ConfigError([f"{path}: cannot be read: {why.lower()}; {hint}"]) from None
 
 
 def _line(lines: dict[tuple[str, ...], int], where: tuple[str, ...]) -> int | None:

@@ -1,7 +1,7 @@
 """The configuration as frozen models: every key of the contract, its type and its default."""
 
 import re
-from math import inf
+from math import ceil, inf
 from sys import intern
 from typing import Annotated, Any, Literal, NamedTuple, Self
 from urllib.parse import parse_qs, urlsplit
@@ -205,12 +205,29 @@ class Guard:
     min_interval: Duration | None = None
     max_per_hour: Annotated[int, Field(ge=1)] | None = None
     safe: float | bool | str | None = None
+    eeprom: bool = False
+    refresh: Duration | None = None
 
     @model_validator(mode="after")
     def _limits(self) -> Self:
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"found min {self.min} above max {self.max}")
+        if self.refresh is not None:
+            self._refresh_fits(self.refresh)
         return self
+
+    def _refresh_fits(self, refresh: Duration) -> None:
+        if refresh.s < 1.0:
+            raise ValueError(f"found refresh {refresh.s:g} s; expected 1 s or more")
+        if self.min_interval is not None and refresh < self.min_interval:
+            raise ValueError(
+                f"found refresh {refresh.s:g} s, shorter than min_interval {self.min_interval.s:g} s; expected no less"
+            )
+        writes = ceil(3600.0 / refresh.s)
+        if self.max_per_hour is not None and writes > self.max_per_hour:
+            raise ValueError(
+                f"refresh each {refresh.s:g} s takes {writes} writes an hour; found max_per_hour {self.max_per_hour}"
+            )
 
 
 class Deadband(NamedTuple):

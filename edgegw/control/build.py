@@ -8,9 +8,10 @@ from edgegw.config.load import Problem, load
 from edgegw.config.schema import STALE_PERIODS, Config, Guard, ModbusTag, OpcUaTag
 from edgegw.config.schema import Rule as RuleConfig
 from edgegw.config.schema import Window as WindowConfig
-from edgegw.control.engine import Plant
 from edgegw.control.expression import Expression, did_you_mean
-from edgegw.control.guard import Limits, check
+from edgegw.control.grid import Grid
+from edgegw.control.guard import Limits, check, settled
+from edgegw.control.plant import Plant
 from edgegw.control.rule import Rule
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def build(config: Config) -> tuple[Plant, Problems]:
     stale = {name: STALE_PERIODS * device.every.s for name, device in config.device.items()}
     stale |= {name: STALE_PERIODS * window.period.s for name, window in config.window.items()}
     own = {name: rule.stale_after.s for name, rule in config.rule.items() if rule.stale_after is not None}
-    return Plant(tuple(rules), limits, stale, own, config.uplink.hand_back), problems
+    overdue = {name: stale[name] + 2 * device.timeout.s for name, device in config.device.items()}
+    return Plant(tuple(rules), limits, stale, own, config.uplink.hand_back, overdue), problems
 
 
 def _odd_window(name: str, window: WindowConfig, config: Config) -> Problems:
@@ -98,15 +100,16 @@ def _limits(tag: Guard) -> Limits:
         0.0 if tag.min_interval is None else tag.min_interval.s,
         tag.max_per_hour,
         tag.safe,
-        _resolution(tag),
+        grid_of(tag),
+        None if tag.refresh is None else tag.refresh.s,
     )
 
 
-def _resolution(tag: Guard) -> float:
-    """Return what one step of an integer register comes to; 0 where there are no steps."""
-    if isinstance(tag, ModbusTag | OpcUaTag) and tag.type.startswith(("int", "uint")):
-        return abs(tag.scale)
-    return 0.0
+def grid_of(tag: Guard) -> Grid:
+    """Return what a tag's register can hold, as far as the configuration says it."""
+    if not isinstance(tag, ModbusTag | OpcUaTag) or tag.scale == 0.0:
+        return Grid()
+    return Grid("float64", tag.scale, tag.offset).held_as(tag.type)
 
 
 def _odd_limits(where: tuple[str, ...], tag: Guard, limits: Limits) -> Problems:
@@ -115,6 +118,10 @@ def _odd_limits(where: tuple[str, ...], tag: Guard, limits: Limits) -> Problems:
     if tag.max_step is not None and tag.max_step < limits.resolution:
         steps = f"a register that counts in {limits.resolution:g} would never move"
         return [((*where, "max_step"), f"found {tag.max_step:g}; {steps}")]
+    if limits.kind == "number" and tag.writable and settled(limits, 0.0) is None:
+        steps = f"a register that counts in {limits.resolution:g}"
+        between = f"min {limits.min} to max {limits.max}"
+        return [(where, f"found {between}; expected a range that holds a value of {steps}")]
     if tag.safe is not None and tag.writable and (refusal := check(limits, tag.safe)) is not None:
         return [((*where, "safe"), refusal.reason)]
     return []

@@ -5,19 +5,23 @@ before it is done. A disk that does not take the entry in time does not stop the
 """
 
 import asyncio
-import hashlib
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Mapping
+from math import inf
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
 from edgegw import clock
-from edgegw.control import commands, engine
-from edgegw.control.engine import Cycle, Planned, Plant, State
+from edgegw.control import commands, engine, state
+from edgegw.control.engine import Cycle, Planned
+from edgegw.control.guard import Limits, same
 from edgegw.control.memory import Memory, MemoryFile, decode
+from edgegw.control.plant import Plant
+from edgegw.control.present import present
 from edgegw.control.rule import LinkState
-from edgegw.domain.command import Replay, ReplayCommand, Reply, WriteCommand
+from edgegw.control.state import State
+from edgegw.domain.command import Reply, WriteCommand
 from edgegw.domain.image import Image
 from edgegw.domain.record import Event, Record
 from edgegw.domain.tag import Scalar, Value
@@ -27,12 +31,12 @@ log = logging.getLogger(__name__)
 
 PATIENCE_S = 0.005
 """How long an act waits for its entry to be durable."""
-COMMAND_PATIENCE_S = 5.0
-"""How long a command waits for its id to be durable; without that it is not acted on."""
 SAVE_S = 1.0
 """How soon timers that have begun or ended are saved; what was decided or done is saved at once."""
-ANSWERS = 256
-"""Answers kept for commands that a broker may deliver twice."""
+SAY_S = 600.0
+"""How often a write that goes on failing is said again, with its count."""
+REPEATS_S = 3600.0
+"""How often the ledger is told how many refreshes there were."""
 
 
 class Ledger(Protocol):
@@ -47,28 +51,36 @@ class Ledger(Protocol):
         ...
 
 
-class Replayer(Protocol):
-    """What control needs of the uplink."""
+class Trouble(NamedTuple):
+    """Writes of a setpoint that fail one after the other: for what, how often, and when it was last said."""
 
-    async def plan(self, asked: ReplayCommand) -> Replay | str:
-        """Return what a replay would send, or why there can be none."""
-        ...
+    error: str
+    times: int
+    said_s: float
 
-    def start(self, replay: Replay) -> bool:
-        """Have a replay sent; False if too many are under way."""
-        ...
+
+class Repeats(NamedTuple):
+    """Refreshes of a setpoint since the ledger was told of them last."""
+
+    value: Scalar
+    cause: str
+    times: int
+    since_s: float
 
 
 class Controller:
-    """Control as a service, with one inbox: `touch`, `command`."""
+    """Control as a service; `touch` says that there is something new, `obey` gives a command its setpoints."""
 
     def __init__(
         self, plant: Plant, image: Image, ledger: Ledger, link: Callable[[], LinkState],
-        write: Callable[[str, str, Scalar], Awaitable[Value]], memory: MemoryFile, replayer: Replayer,
+        write: Callable[[str, str, Scalar], Awaitable[Value]], memory: MemoryFile,
+        held_types: Callable[[str], Mapping[str, str] | None],
     ) -> None:  # fmt: skip
         self.state = State()
         self.cycles = 0
-        self._plant = plant
+        self._plant = self._configured = plant
+        self._held_types = held_types
+        self._learnt: dict[str, Mapping[str, str]] = {}
         self._image = image
         self._ledger = ledger
         self._link = link
@@ -77,22 +89,37 @@ class Controller:
         self._timed = [rule for rule in plant.rules if rule.for_s]
         self._due = asyncio.Event()
         self._busy: dict[str, asyncio.Task[str | None]] = {}
+        self._repeats: dict[str, Repeats] = {}
+        self._troubles: dict[str, Trouble] = {}
         self._settling: set[asyncio.Task[bool]] = set()
-        self._done: dict[str, int] = {}
-        self._answers: dict[bytes, asyncio.Future[Reply]] = {}
         self._saved: tuple[object, ...] = ()
         self._saving: asyncio.TimerHandle | None = None
-        self._leaving = False
+        self.leaving = False
         self._memory = memory
-        self._replayer = replayer
         self._devices = {name.partition(".")[0] for rule in plant.rules for name in rule.inputs}
         self._devices |= {name.partition(".")[0] for name, limits in plant.limits.items() if limits.writable}
         self._restore(memory.load())
 
+    @property
+    def limits(self) -> Mapping[str, Limits]:
+        """What is known of writing each tag."""
+        return self._plant.limits
+
     def touch(self, device: str) -> None:
         """Say that a device has new readings, or none any more."""
         if device in self._devices:
+            types = self._held_types(device)
+            if types is not None and types is not self._learnt.get(device):
+                self._learn(device, types)
             self._due.set()
+
+    def _learn(self, device: str, types: Mapping[str, str]) -> None:
+        """Keep the limits in the types in which a device holds its setpoints, from now on."""
+        self._learnt[device] = types
+        self._plant = self._configured
+        for name, known in self._learnt.items():
+            self._plant = self._plant.learnt(name, known)
+        self._memo = engine.Memo(self._plant)
 
     def wake(self) -> None:
         """Run a cycle soon: something that rules ask for has changed."""
@@ -126,11 +153,13 @@ class Controller:
 
     async def settle(self) -> None:
         """Take no more commands, wait for the writes that are on their way, and save what must survive."""
-        self._leaving = True
+        self.leaving = True
         if self._saving is not None:
             self._saving.cancel()
         if self._busy:
             await asyncio.wait(list(self._busy.values()))
+        for setpoint in list(self._repeats):
+            self._repeated(setpoint)
         await self._memory.save(self._remembered())
 
     def cycle(self) -> float | None:
@@ -151,8 +180,13 @@ class Controller:
             return
         now_ms = clock.wall_ms()
         for name, fields in cycle.events:
+            if name == "authority":
+                self._repeated(fields["tag"])
             self._ledger.append(Event(now_ms, name, fields))
         for planned in cycle.writes:
+            if planned.repeat:
+                continue
+            self._repeated(planned.setpoint)
             fields = {
                 "tag": planned.setpoint,
                 "cause": planned.cause,
@@ -160,18 +194,41 @@ class Controller:
                 "new": planned.value,
             }
             self._ledger.append(Event(now_ms, "write", fields))
-        durable = asyncio.create_task(self._durable(PATIENCE_S))
-        self._settling.add(durable)
-        durable.add_done_callback(self._settling.discard)
+        durable = self._begin_durable() if cycle.events or any(map(self._counts, cycle.writes)) else None
         for planned in cycle.writes:
             task = asyncio.create_task(self._carry_out(planned, durable), name=f"write {planned.setpoint}")
             self._busy[planned.setpoint] = task
 
+    def _counts(self, planned: Planned) -> bool:
+        """Tell whether a write must be durable before it is made: one that is told, or counted over restarts."""
+        limits = self._plant.limits[planned.setpoint]
+        return not planned.repeat or limits.max_per_hour is not None or limits.min_interval_s > 0.0
+
+    def _begin_durable(self) -> asyncio.Task[bool]:
+        durable = asyncio.create_task(self._durable(PATIENCE_S))
+        self._settling.add(durable)
+        durable.add_done_callback(self._settling.discard)
+        return durable
+
+    def _repeated(self, setpoint: str) -> None:
+        """Tell the ledger how often a setpoint was refreshed since it was told last, if it was."""
+        if (repeats := self._repeats.pop(setpoint, None)) is not None:
+            fields = {"tag": setpoint, "cause": repeats.cause, "new": repeats.value, "ok": True}
+            self._ledger.append(Event(clock.wall_ms(), "write", fields | {"repeats": repeats.times}))
+
+    def _refreshed(self, planned: Planned) -> None:
+        """Count a refresh that was confirmed; each hour the ledger is told."""
+        now_s = clock.mono_s()
+        was = self._repeats.get(planned.setpoint) or Repeats(planned.value, planned.cause, 0, now_s)
+        self._repeats[planned.setpoint] = was._replace(times=was.times + 1)
+        if now_s - was.since_s >= REPEATS_S:
+            self._repeated(planned.setpoint)
+
     def _save_soon(self) -> None:
         """Have what must survive saved within SAVE_S, if it has changed or a timer runs."""
-        if self._saving is not None or self._leaving:
+        if self._saving is not None or self.leaving:
             return
-        if self._lasting() != self._saved or engine.counting(self._timed, self.state, clock.mono_s()):
+        if self._lasting() != self._saved or state.counting(self._timed, self.state, clock.mono_s()):
             self._saving = asyncio.get_running_loop().call_later(SAVE_S, self._save_now)
 
     def _save_now(self) -> None:
@@ -189,9 +246,12 @@ class Controller:
             return False
         return saved
 
-    async def _carry_out(self, planned: Planned, durable: asyncio.Task[bool]) -> str | None:
-        """Write once, read back, and journal what came of it; return what went wrong."""
-        in_time = await asyncio.shield(durable)
+    async def _carry_out(self, planned: Planned, durable: asyncio.Task[bool] | None) -> str | None:
+        """Write once, read back, and journal what came of it; return what went wrong.
+
+        A refresh that is confirmed is only counted.
+        """
+        in_time = durable is None or await asyncio.shield(durable)
         device, _, tag = planned.setpoint.partition(".")
         outcome: dict[str, Any] = {"tag": planned.setpoint, "cause": planned.cause, "new": planned.value}
         error: str | None = None
@@ -199,107 +259,72 @@ class Controller:
             found = await self._write(device, tag, planned.value)
         except DeviceError as failure:
             error = failure.reason
-            log.warning("%s; written by %s", failure, planned.cause)
+            log.debug("%s; written by %s", failure, planned.cause)
         else:
             outcome["read"] = found
             resolution = self._plant.limits[planned.setpoint].resolution
-            if not isinstance(found, bool | int | float | str) or not engine.same(
-                found, planned.value, resolution
-            ):
+            if not isinstance(found, bool | int | float | str) or not same(found, planned.value, resolution):
                 error = "read-back"
         finally:
             self._busy.pop(planned.setpoint, None)
             self._due.set()
+        if planned.repeat and error is None:
+            self._noted(planned, None)
+            self._refreshed(planned)
+            return None
+        self._repeated(planned.setpoint)
         outcome |= {"ok": error is None} | ({"error": error} if error else {})
         if not in_time:
             outcome["late"] = True  # the act went first: the entry of the intent was not yet durable
-        note = engine.failed if error else engine.confirmed
-        self.state = note(self.state, planned.setpoint, clock.mono_s())
+        outcome |= self._noted(planned, error)
         self._ledger.append(Event(clock.wall_ms(), "write", outcome))
         return error
 
+    def _noted(self, planned: Planned, error: str | None) -> dict[str, int]:
+        """Have the state know of an outcome, and say a failure when it begins and ends; return how often it was."""
+        setpoint, now_s = planned.setpoint, clock.mono_s()
+        if error is None:
+            self.state = state.confirmed(self.state, setpoint, now_s)
+            if (troubles := self._troubles.pop(setpoint, None)) is not None:
+                log.warning("%s: written again, after %d failures", setpoint, troubles.times)
+            return {}
+        self.state = state.failed(self.state, setpoint, planned.value, planned.cause, error, now_s)
+        before = self._troubles.get(setpoint)
+        count, said_s = (
+            (1, -inf) if before is None or before.error != error else (before.times + 1, before.said_s)
+        )
+        if now_s - said_s >= SAY_S:
+            often = f", {count} times now" if count > 1 else ""
+            log.warning(
+                "%s: %r by %s: not confirmed: %s%s", setpoint, planned.value, planned.cause, error, often
+            )
+            said_s = now_s
+        self._troubles[setpoint] = Trouble(error, count, said_s)
+        return {"failures": count} if count > 1 else {}
+
     # -- commands ----------------------------------------------------------------------------------------
 
-    async def command(self, payload: bytes, *, retained: bool = False, by_hand: bool = False) -> Reply:
-        """Act on a command once, and answer it; the same message once more gets the same answer."""
-        message = hashlib.sha256(payload).digest()
-        again = self._answers.get(message)
-        if again is not None and not retained:
-            return await asyncio.shield(again)
-        answer = asyncio.ensure_future(self._command(payload, retained, by_hand))
-        if not retained:
-            self._answers[message] = answer
-        while len(self._answers) > ANSWERS:
-            del self._answers[next(iter(self._answers))]
-        return await asyncio.shield(answer)
-
-    async def _command(self, payload: bytes, retained: bool, by_hand: bool) -> Reply:
-        now_ms = clock.wall_ms()
-        asked = commands.read(
-            payload, retained=retained, by_hand=by_hand, limits=self._plant.limits, done=self._done,
-            now_ms=now_ms,
-        )  # fmt: skip
-        if isinstance(asked, Reply):
-            return self._answered(asked)
-        if isinstance(asked, ReplayCommand):
-            return self._answered(await self._replay(asked))
-        if (objection := self._objection(asked)) is not None:
-            return self._answered(Reply(asked.id, False, objection))
-        self._done = {**commands.remembered(self._done, now_ms), asked.id: asked.expires_ms}
-        fields = {
-            "id": asked.id,
-            "write": asked.writes,
-            "expires": asked.expires_ms,
-            "lease_s": asked.lease_s,
-        }
-        self._ledger.append(Event(now_ms, "command", {**fields, "ok": True}))
-        if not await self._durable(COMMAND_PATIENCE_S):
-            return self._answered(Reply(asked.id, False, "the journal cannot take it; nothing was written"))
-        if asked.expires_ms <= clock.wall_ms():
-            return self._answered(Reply(asked.id, False, "expired before it could be journaled"))
-        return self._answered(await self._obey(asked))
-
-    def _answered(self, reply: Reply) -> Reply:
-        if not reply.ok:
-            self._ledger.append(Event(clock.wall_ms(), "command", reply.wire()))
-        return reply
-
-    async def _replay(self, asked: ReplayCommand) -> Reply:
-        """Have records sent again; the id counts as expired at once, and is remembered for so long from now."""
-        replay = await self._replayer.plan(asked)
-        if self._leaving:
-            replay = "the gateway is stopping or taking up a new configuration; nothing is sent"
-        if isinstance(replay, str):
-            return Reply(asked.id, False, replay)
-        if asked.id in self._done:
-            return Reply(asked.id, False, "this id was already acted on")
-        now_ms = clock.wall_ms()
-        self._done = {**commands.remembered(self._done, now_ms), asked.id: now_ms}
-        what = {"stream": asked.stream, "from": replay.first, "to": replay.last}
-        self._ledger.append(Event(now_ms, "command", {"id": asked.id, "replay": what, "ok": True}))
-        if not await self._durable(COMMAND_PATIENCE_S):
-            return Reply(asked.id, False, "the journal cannot take it; nothing is sent")
-        if not self._replayer.start(replay):
-            return Reply(asked.id, False, "busy with other replays; try again later with another id")
-        return Reply(asked.id, True, replay=replay)
-
-    async def _obey(self, asked: WriteCommand) -> Reply:
+    async def obey(self, asked: WriteCommand) -> Reply:
         """Give the command its hold, run a cycle, and wait for what it writes."""
         while busy := [self._busy[setpoint] for setpoint in asked.writes if setpoint in self._busy]:
             await asyncio.wait(busy)
-        if (objection := self._objection(asked)) is not None:
+        if (objection := self.objection(asked)) is not None:
             return Reply(asked.id, False, objection)
         self.state = self._given(asked)
         self.cycle()
         self._due.set()
         for setpoint in asked.writes:
-            if (busy_now := self._busy.get(setpoint)) and (error := await asyncio.shield(busy_now)):
+            busy_now, failure = self._busy.get(setpoint), self.state.failures.get(setpoint)
+            error = failure.error if failure is not None else None
+            if busy_now is not None:
+                error = await asyncio.shield(busy_now)
+            if error is not None:
                 return Reply(asked.id, False, f"{setpoint}: not confirmed: {error}; it is tried again")
         return Reply(asked.id, True)
 
-    def _objection(self, asked: WriteCommand) -> str | None:
+    def objection(self, asked: WriteCommand) -> str | None:
         """Say why the command cannot have its setpoints now, from a cycle that is only tried."""
-        if self._leaving:
+        if self.leaving:
             return "the gateway is stopping or taking up a new configuration; nothing was written"
         owner, image, busy = f"command:{asked.id}", self._image.frozen(), frozenset(self._busy)
         given = self._given(asked)
@@ -311,19 +336,22 @@ class Controller:
         """Return the state in which the command holds its setpoints."""
         kinds = {setpoint: self._plant.limits[setpoint].kind for setpoint in asked.writes}
         writes = {at: commands.as_number(value, kinds[at]) for at, value in asked.writes.items()}
-        return engine.command(self.state, asked.id, writes, asked.lease_s, clock.mono_s())
+        return state.command(self.state, asked.id, writes, asked.lease_s, clock.mono_s())
 
     def show(self, setpoint: str) -> dict[str, Any]:
         """Return what is known of a tag, for a hand at the gateway: its value and who has it."""
         device, _, tag = setpoint.partition(".")
-        latest, history = self._image.devices.get(device), self.state.histories.get(setpoint)
-        shown: dict[str, Any] = {"value": None, "quality": "bad:not-read"}
-        if latest is not None and tag in latest.values:
-            shown = {"value": latest.values[tag], "quality": latest.quality.get(tag)}
-        since_s = history.since_s or 0.0 if history is not None and history.value is not None else None
-        if history is not None and since_s is not None and (latest is None or latest.at_s <= since_s):
-            shown = {"value": history.value, "quality": None}  # written since it was read
-        return {**shown, "owner": self.state.owners.get(setpoint)}
+        image, now_s = self._image.devices, clock.mono_s()
+        latest = image.get(device)
+        value: Value = present(self._plant, self.state.histories, image, setpoint, now_s)
+        quality = None
+        if latest is None:
+            quality = "bad:not-read" if value is None else None
+        elif not latest.answering(now_s, self._plant.overdue_after_s[device]):
+            quality = "bad:stale"
+        elif value is None or value == latest.values.get(tag):
+            value, quality = latest.values.get(tag), latest.quality.get(tag)
+        return {"value": value, "quality": quality, "owner": self.state.owners.get(setpoint)}
 
     # -- memory ------------------------------------------------------------------------------------------
 
@@ -334,14 +362,13 @@ class Controller:
 
     def _remembered(self) -> bytes:
         self._saved = self._lasting()
-        return msgspec.json.encode(Memory(clock.boot_id(), self.state, self._done, clock.mono_s()))
+        return msgspec.json.encode(Memory(clock.boot_id(), self.state, clock.mono_s()))
 
     def _restore(self, memory: bytes | None) -> None:
         """Take up what was remembered; rules and setpoints that are no more are let go."""
         boot, now_s = clock.boot_id(), clock.mono_s()
-        known = decode(memory) or Memory(boot, State(), {}, now_s)
-        self._done = known.done
-        self.state = engine.restored(
+        known = decode(memory) or Memory(boot, State(), now_s)
+        self.state = state.restored(
             known.state, self._plant, now_s, saved_s=known.saved_s, same_boot=known.boot == boot,
             reload=self._memory.in_process,
         )  # fmt: skip

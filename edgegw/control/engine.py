@@ -5,59 +5,19 @@ waits or touches a device. The controller runs it on the plant, `rules test` on 
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from math import inf, isclose, nextafter
+from math import inf, nextafter
 from typing import Any, NamedTuple
 
 from edgegw.control import arbiter
 from edgegw.control.arbiter import Demand
 from edgegw.control.expression import activation
-from edgegw.control.guard import History, Limits, Refuse, Wait, check, guard, pace_s
+from edgegw.control.guard import History, Refuse, Wait, check, guard, pace_s, same, settled
+from edgegw.control.plant import Plant
+from edgegw.control.present import present, unread_until
 from edgegw.control.rule import LinkState, Rule, RuleState, judge
-from edgegw.domain import quality
-from edgegw.domain.command import HAND
+from edgegw.control.state import RETRY_S, Failure, Farewell, Refusal, State
 from edgegw.domain.image import Latest
 from edgegw.domain.tag import Scalar
-
-RETRY_S = 1.0
-"""How soon a write that could not be confirmed may be tried again, by the next cycle's decision."""
-
-
-class Lease(NamedTuple):
-    """A command's hold on a setpoint: until a moment, or (None) until another command or an islanded link."""
-
-    command: str
-    value: Scalar
-    until_s: float | None
-
-
-class Farewell(NamedTuple):
-    """A last value that a setpoint is still to reach: a rule's `finally`, or `safe`."""
-
-    owner: str
-    value: Scalar
-    cause: str
-    priority: int
-
-
-class Refusal(NamedTuple):
-    """What the guard last said no to: whom, which limit, and why."""
-
-    owner: str
-    limit: str
-    reason: str
-
-
-class State(NamedTuple):
-    """All that control remembers from one cycle to the next; `began_s` is when it took up its work."""
-
-    rules: Mapping[str, RuleState] = {}
-    leases: Mapping[str, Lease] = {}
-    farewells: Mapping[str, Farewell] = {}
-    owners: Mapping[str, str] = {}
-    histories: Mapping[str, History] = {}
-    refusals: Mapping[str, Refusal] = {}
-    retry_s: Mapping[str, float] = {}
-    began_s: float = -inf
 
 
 class Planned(NamedTuple):
@@ -67,6 +27,8 @@ class Planned(NamedTuple):
     value: Scalar
     old: Scalar | None
     cause: str
+    repeat: bool = False
+    """Whether the setpoint holds it already, by our own writing: a refresh."""
 
 
 class Cycle(NamedTuple):
@@ -77,16 +39,6 @@ class Cycle(NamedTuple):
     events: list[tuple[str, dict[str, Any]]]
     due_s: float | None
     """When the next cycle must be, if nothing happens before."""
-
-
-class Plant(NamedTuple):
-    """What the engine knows of the site: rules, limits, how long each device's readings are good for."""
-
-    rules: tuple[Rule, ...]
-    limits: Mapping[str, Limits]
-    stale_after_s: Mapping[str, float]
-    rule_stale_after_s: Mapping[str, float]
-    hand_back: str
 
 
 DUE_MARGIN_S = 0.002
@@ -144,11 +96,12 @@ class _Step:
         self.owners = dict(state.owners)
         self.histories = dict(state.histories)
         self.refusals = dict(state.refusals)
-        self.retry_s = {setpoint: at for setpoint, at in state.retry_s.items() if at > now_s}
+        self.failures = dict(state.failures)
         self.began_s = state.began_s
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.writes: list[Planned] = []
-        self.due: list[float] = list(self.retry_s.values())
+        self.unread: set[str] = set()
+        self.due: list[float] = []
 
     def run(self) -> Cycle:
         demands = self._ruled()
@@ -163,12 +116,16 @@ class _Step:
         winners = arbiter.arbitrate(demands)
         self._authority(winners)
         for demand in winners.values():
-            if demand.value is not None and demand.setpoint not in self.busy and not self._reached(demand):
+            if demand.setpoint in self.busy or self._reached(demand):
+                continue
+            if demand.value is not None:
                 self._guarded(demand, demand.value)
+            elif demand.cause != "failsafe":
+                self._kept(demand)
         for setpoint in [at for at in self.refusals if at not in winners]:
             del self.refusals[setpoint]
         state = State(
-            self.rules, self.leases, self.farewells, self.owners, self.histories, self.refusals, self.retry_s,
+            self.rules, self.leases, self.farewells, self.owners, self.histories, self.refusals, self.failures,
             self.began_s,
         )  # fmt: skip
         later = [moment for moment in self.due if moment > self.now_s and moment != inf]
@@ -204,20 +161,12 @@ class _Step:
 
     def _holds(self, setpoint: str, wanted: Scalar) -> bool:
         limits = self.plant.limits[setpoint]
-        return check(limits, wanted) is None and same(self._present(setpoint), wanted, limits.resolution)
+        if check(limits, wanted) is not None or (target := settled(limits, wanted)) is None:
+            return False
+        return same(self._present(setpoint), target, limits.resolution)
 
     def _present(self, setpoint: str) -> Scalar | None:
-        """Return what a setpoint holds: what was written last, or read since."""
-        device, _, tag = setpoint.partition(".")
-        history = self.histories.get(setpoint, History())
-        latest = self.image.get(device)
-        if latest is not None and not quality.is_bad(latest.quality.get(tag)):
-            value = latest.values.get(tag)
-            if isinstance(value, bool | int | float | str) and (
-                history.since_s is None or latest.at_s > history.since_s
-            ):
-                return value
-        return history.value
+        return present(self.plant, self.histories, self.image, setpoint, self.now_s)
 
     # -- demands -----------------------------------------------------------------------------------------
 
@@ -284,8 +233,12 @@ class _Step:
             for setpoint, value in wanted.items():
                 demand = Demand(setpoint, f"rule:{rule.name}", rule.priority, value, f"rule:{rule.name}")
                 if not decided:
-                    safe = self.plant.limits[setpoint].safe if unsafe else None
-                    demand = demand._replace(value=safe, cause="failsafe")
+                    safe = self.plant.limits[setpoint].safe
+                    demand = (
+                        demand._replace(value=safe, cause="failsafe")
+                        if unsafe
+                        else demand._replace(value=None)
+                    )
                 yield demand
         self.judged[rule.name] = state
 
@@ -310,16 +263,16 @@ class _Step:
     def _leases(self, ruled: frozenset[str]) -> Iterator[Demand]:
         """Yield what commands hold; end leases whose time is over, and open-ended ones on an islanded link.
 
-        A hand at the gateway needs no link.
+        Either way `safe` is left behind, where there is one. A hand at the gateway needs no link.
         """
         islanded = self.link == "islanded"
         for setpoint, lease in list(self.leases.items()):
             if lease.until_s is not None and lease.until_s > self.now_s:
                 self.due.append(lease.until_s)
-            elif lease.until_s is not None or (islanded and not lease.command.startswith(HAND)):
+            elif not lease.open_ended or (islanded and not lease.by_hand):
                 del self.leases[setpoint]
                 safe = self.plant.limits[setpoint].safe
-                if setpoint not in ruled and safe is not None and lease.until_s is not None:
+                if setpoint not in ruled and safe is not None:
                     self.farewells[setpoint] = Farewell("failsafe", safe, "failsafe", 0)
                 continue
             priority = arbiter.REMOTE_ISLANDED if islanded else arbiter.REMOTE_PRIORITY
@@ -343,18 +296,66 @@ class _Step:
 
     def _guarded(self, demand: Demand, wanted: Scalar) -> None:
         setpoint, limits = demand.setpoint, self.plant.limits[demand.setpoint]
-        history = self.histories.get(setpoint, History())
-        present = self._present(setpoint)
+        now_held = self._present(setpoint)
         if self._holds(setpoint, wanted):
+            if limits.refresh_s is not None:
+                self._refresh(demand, wanted, limits.refresh_s)
+                return
             self.refusals.pop(setpoint, None)
+            self.failures.pop(setpoint, None)
             self.memo.reached[setpoint] = (demand, self.image.get(setpoint.partition(".")[0]))
             return
         self.memo.reached.pop(setpoint, None)
-        if self.retry_s.get(setpoint, 0.0) > self.now_s:
+        device = setpoint.partition(".")[0]
+        failure = self._failure(setpoint)
+        if failure is not None and (soon_s := failure.at_s + RETRY_S) > self.now_s:
+            self.due.append(soon_s)
             return
-        if present is None and self._unseen((setpoint.partition(".")[0],)):
+        unread_until_s = unread_until(self.plant, self.began_s, self.image, device, self.now_s)
+        if now_held is None and unread_until_s is not None:
+            self.due.append(unread_until_s)
+            self.unread.add(setpoint)
             return  # it may hold what is wanted already
-        verdict = guard(limits, history, present, wanted, self.now_s)
+        self._write(demand, wanted, now_held, failure)
+
+    def _kept(self, demand: Demand) -> None:
+        """Have a setpoint that keeps its value for a while go on holding it, where its device lets go by itself."""
+        kept = self._present(demand.setpoint)
+        if kept is not None and self._holds(demand.setpoint, kept):
+            self._guarded(demand, kept)
+
+    def _refresh(self, demand: Demand, wanted: Scalar, refresh_s: float) -> None:
+        """Write what the setpoint holds once more when that is due: also when nobody knows what its device made of it.
+
+        That is so where it was not written by us since the start, or the device was away since.
+        """
+        history = self.histories.get(demand.setpoint, History())
+        latest, failure = self.image.get(demand.setpoint.partition(".")[0]), self._failure(demand.setpoint)
+        due_s = self.now_s
+        if history.at_s is not None and failure is not None:
+            due_s = min(history.at_s + refresh_s, failure.retry_s(wanted, demand.cause))
+        elif history.at_s is not None and history.value is not None:
+            away = latest is not None and latest.since_s > history.at_s
+            due_s = self.now_s if away else history.at_s + refresh_s
+        if due_s > self.now_s:
+            self.refusals.pop(demand.setpoint, None)
+            self.due.append(due_s)
+            return
+        self._write(demand, wanted, wanted, None, repeat=history.value is not None)
+
+    def _write(
+        self,
+        demand: Demand,
+        wanted: Scalar,
+        now_held: Scalar | None,
+        failure: Failure | None,
+        *,
+        repeat: bool = False,
+    ) -> None:
+        """Ask the guard, and do as it says."""
+        setpoint, limits = demand.setpoint, self.plant.limits[demand.setpoint]
+        history = self.histories.get(setpoint, History())
+        verdict = guard(limits, history, now_held, wanted, self.now_s)
         if isinstance(verdict, Refuse):
             self._refused(demand, wanted, verdict)
             if verdict.limit != "present":
@@ -363,12 +364,22 @@ class _Step:
             self.due.append(verdict.until_s)
             if verdict.reason is not None:
                 self._refused(demand, wanted, Refuse("max_per_hour", verdict.reason))
+        elif failure is not None and (retry_s := failure.retry_s(verdict.value, demand.cause)) > self.now_s:
+            self.due.append(retry_s)
         else:
             self.refusals.pop(setpoint, None)
             self.histories[setpoint] = history.wrote(verdict.value, self.now_s, limits.max_per_hour)
-            self.writes.append(Planned(setpoint, verdict.value, present, demand.cause))
+            self.writes.append(Planned(setpoint, verdict.value, now_held, demand.cause, repeat))
             if not verdict.final:
                 self.due.append(self.now_s + pace_s(limits))
+
+    def _failure(self, setpoint: str) -> Failure | None:
+        """Return the last write's failure that still counts: none once the device was lost and has come back."""
+        failure, latest = self.failures.get(setpoint), self.image.get(setpoint.partition(".")[0])
+        if failure is not None and latest is not None and not latest.lost and latest.since_s > failure.at_s:
+            del self.failures[setpoint]
+            return None
+        return failure
 
     def _refused(self, demand: Demand, wanted: Scalar, refuse: Refuse) -> None:
         """Note a refusal: an event when it begins, not one for every cycle and every value of an expression."""
@@ -379,101 +390,20 @@ class _Step:
         self.refusals[demand.setpoint] = Refusal(demand.owner, *refuse)
 
 
-def same(present: Scalar | None, wanted: Scalar, resolution: float = 0.0) -> bool:
-    """Tell whether a setpoint holds what is wanted, as closely as single precision and its register can."""
-    if (
-        isinstance(present, bool)
-        or isinstance(wanted, bool)
-        or isinstance(present, str)
-        or isinstance(wanted, str)
-    ):
-        return type(present) is type(wanted) and present == wanted
-    nearest = max(1e-6, 0.5 * resolution * (1.0 + 1e-6))
-    return present is not None and isclose(present, wanted, rel_tol=1e-6, abs_tol=nearest)
-
-
-def failed(state: State, setpoint: str, now_s: float) -> State:
-    """Note that a write was not confirmed: what the setpoint holds is not known until it is read again."""
-    history = state.histories.get(setpoint, History())._replace(value=None, since_s=now_s)
-    return state._replace(
-        histories={**state.histories, setpoint: history}, retry_s={**state.retry_s, setpoint: now_s + RETRY_S}
-    )
-
-
-def confirmed(state: State, setpoint: str, now_s: float) -> State:
-    """Note that a write was read back: what was read of the setpoint until now is older than that."""
-    history = state.histories[setpoint]._replace(since_s=now_s)
-    return state._replace(histories={**state.histories, setpoint: history})
-
-
-def command(
-    state: State, name: str, writes: Mapping[str, Scalar], lease_s: float | None, now_s: float
-) -> State:
-    """Return the state in which a command has its hold on setpoints."""
-    until_s = None if lease_s is None else now_s + lease_s
-    return state._replace(
-        leases={**state.leases, **{at: Lease(name, value, until_s) for at, value in writes.items()}}
-    )
-
-
 def objection(
     plant: Plant, given: State, owner: str, setpoints: Iterable[str], image: Mapping[str, Latest],
     link: LinkState, now_s: float, *, busy: frozenset[str] = frozenset(),
 ) -> str | None:  # fmt: skip
     """Say why a command that is given its setpoints would not have them, or not reach them: nothing is changed."""
-    tried = step(plant, given, image, link, now_s, busy=busy).state
+    trial = _Step(plant, given, image, link, now_s, busy, Memo(plant))
+    tried = trial.run().state
     for setpoint in setpoints:
         has, refusal = tried.owners.get(setpoint), tried.refusals.get(setpoint)
         if has != owner:
             return f"{setpoint}: {has or 'nobody'} has authority"
+        device = setpoint.partition(".")[0]
+        if setpoint in trial.unread and device in image:
+            return f"{setpoint}: device.{device} does not answer; what it holds must be read before it is written"
         if refusal is not None and refusal.owner == owner:
             return f"{setpoint}: {refusal.reason}"
     return None
-
-
-def counting(timed: Iterable[Rule], state: State, now_s: float) -> bool:
-    """Tell whether the `for` of one of these rules is running: how far it has come is part of what must survive."""
-    begun = ((rule, state.rules.get(rule.name, RuleState()).true_since_s) for rule in timed)
-    return any(since_s is not None and now_s - since_s < rule.for_s for rule, since_s in begun)
-
-
-def restored(
-    state: State, plant: Plant, now_s: float, *, saved_s: float, same_boot: bool, reload: bool = False
-) -> State:
-    """Return the state after a restart (or a mere reload), from the one that was saved at `saved_s`.
-
-    Every rule counts as just switched. A `for` goes on where it was, the time between not counted; a `hold` counts
-    it. A setpoint is read before it is written. After a reboot the monotonic clock has begun anew: leases are over,
-    and the writes of the last hour count as made now. What a rule held that is no more goes to `safe`.
-    """
-    known = {at for at, limits in plant.limits.items() if limits.writable}
-    shift_s = now_s - saved_s
-    rules = {}
-    for rule in plant.rules:
-        was = state.rules.get(rule.name, RuleState())
-        undecided_s = _shifted(was.undecided_since_s, 0.0 if same_boot else shift_s)
-        rules[rule.name] = RuleState(was.active, now_s, _shifted(was.true_since_s, shift_s), undecided_s)
-    histories = {
-        at: history._replace(value=history.value if reload else None)
-        if same_boot
-        else History(None, now_s, (now_s,) * len(history.hour))
-        for at, history in state.histories.items()
-        if at in known and history.at_s is not None
-    }
-    leases = {
-        at: lease if same_boot or lease.until_s is None else lease._replace(until_s=now_s)
-        for at, lease in state.leases.items()
-        if at in known
-    }
-    farewells = {at: farewell for at, farewell in state.farewells.items() if at in known}
-    owners = {at: owner for at, owner in state.owners.items() if at in known}
-    for at, owner in owners.items():
-        kind, _, name = owner.partition(":")
-        safe = plant.limits[at].safe
-        if kind == "rule" and name not in rules and safe is not None:
-            farewells.setdefault(at, Farewell("failsafe", safe, "failsafe", 0))
-    return State(rules, leases, farewells, owners, histories, began_s=now_s)
-
-
-def _shifted(moment_s: float | None, shift_s: float) -> float | None:
-    return None if moment_s is None else moment_s + shift_s

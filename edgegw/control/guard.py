@@ -1,8 +1,9 @@
 """The guard: the one way to any device. It decides whether, when and how far a setpoint may move."""
 
-from math import isfinite
+from math import inf, isclose, isfinite
 from typing import NamedTuple
 
+from edgegw.control.grid import Grid
 from edgegw.domain.tag import Scalar
 
 HOUR_S = 3600.0
@@ -20,8 +21,20 @@ class Limits(NamedTuple):
     min_interval_s: float = 0.0
     max_per_hour: int | None = None
     safe: Scalar | None = None
-    resolution: float = 0.0
-    """The smallest difference that the device can hold: what an integer register counts in."""
+    grid: Grid = Grid()
+    """What the device's register can hold."""
+    refresh_s: float | None = None
+    """How often a value is written again while somebody has the setpoint."""
+
+    @property
+    def resolution(self) -> float:
+        """The smallest difference that the device can hold: what an integer register counts in."""
+        return self.grid.step
+
+    @property
+    def stepped(self) -> bool:
+        """Tell whether a write starts from what the setpoint holds, so that this must be known."""
+        return self.kind == "number" and (self.ramp_per_s is not None or self.max_step is not None)
 
 
 class History(NamedTuple):
@@ -87,6 +100,22 @@ def check(limits: Limits, wanted: object) -> Refuse | None:
     return None
 
 
+def same(present: Scalar | None, wanted: Scalar, resolution: float = 0.0) -> bool:
+    """Tell whether a setpoint holds what is wanted, as closely as single precision and its register can."""
+    if (
+        isinstance(present, bool)
+        or isinstance(wanted, bool)
+        or isinstance(present, str)
+        or isinstance(wanted, str)
+    ):
+        return type(present) is type(wanted) and present == wanted
+    if present is None:
+        return False
+    if resolution:
+        return abs(present - wanted) < 0.5 * resolution
+    return isclose(present, wanted, rel_tol=1e-6, abs_tol=1e-6)
+
+
 def _finite(wanted: float) -> bool:
     try:
         return isfinite(wanted)
@@ -99,7 +128,8 @@ def guard(
 ) -> Write | Wait | Refuse:
     """Decide about writing `wanted` to a setpoint that holds `present` (None: not known) at `now_s`.
 
-    A `ramp` or `max_step` moves the value there in steps, each from what the setpoint holds.
+    A `ramp` or `max_step` moves the value there in steps, each from what the setpoint holds. What is written is what
+    the register holds, within all limits, so that rounding leads past none of them.
     """
     if (refusal := check(limits, wanted)) is not None:
         return refusal
@@ -109,18 +139,21 @@ def guard(
         hour = [at for at in history.hour if now_s - at < HOUR_S]
         if len(hour) >= limits.max_per_hour:
             return Wait(hour[-limits.max_per_hour] + HOUR_S, f"max_per_hour {limits.max_per_hour} is used up")
-    if limits.kind != "number" or (limits.ramp_per_s is None and limits.max_step is None):
-        return Write(wanted, final=True)
+    target = settled(limits, wanted)
+    if target is None:
+        return Refuse("min", f"a register that counts in {limits.resolution:g} holds nothing from min to max")
+    if not limits.stepped:
+        return Write(target, final=True)
     if not isinstance(present, int | float) or isinstance(present, bool):
         return Refuse("present", "the present value is not known, and a ramp or max_step starts from it")
     step = _step(limits, history, now_s)
-    distance = float(wanted) - present
+    distance = float(target) - present
     early = history.at_s is not None and now_s < history.at_s + pace_s(limits)
-    if abs(distance) <= step and not (early and limits.ramp_per_s is None):
-        return Write(wanted, final=True)
+    if abs(distance) <= step * ROUNDING and not (early and limits.ramp_per_s is None):
+        return Write(target, final=True)
     if early and history.at_s is not None:
         return Wait(history.at_s + pace_s(limits))
-    return Write(_within(limits, present + (step if distance > 0 else -step)), final=False)
+    return _towards(limits, present, step if distance > 0 else -step)
 
 
 RAMP_TICK_S = 0.25
@@ -143,8 +176,32 @@ def _step(limits: Limits, history: History, now_s: float) -> float:
     return step
 
 
-def _within(limits: Limits, value: float) -> float:
-    """Keep a step within the range: where the setpoint lay outside of it, the first write brings it in."""
-    low = limits.min if limits.min is not None else float("-inf")
-    high = limits.max if limits.max is not None else float("inf")
-    return min(max(value, low), high)
+ROUNDING = 1.0 + 1e-9
+"""How much longer than it says a step may be: what adding up doubles costs."""
+
+
+def _range(limits: Limits) -> tuple[float, float]:
+    return -inf if limits.min is None else limits.min, inf if limits.max is None else limits.max
+
+
+def settled(limits: Limits, wanted: Scalar) -> Scalar | None:
+    """Return what the register holds of a value that `check` lets pass: within the range, None if there is nothing."""
+    if isinstance(wanted, bool | str):
+        return wanted
+    return limits.grid.nearest(float(wanted), *_range(limits))
+
+
+def _towards(limits: Limits, present: float, step: float) -> Write | Refuse:
+    """Return one step, no longer than `step` also when it is rounded; from outside the range it leads to its edge."""
+    low, high = _range(limits)
+    goal = present + step
+    if not low <= goal <= high:
+        edge = limits.grid.nearest(goal, low, high)
+        return (
+            Refuse("max_step", "no step leads into the range") if edge is None else Write(edge, final=False)
+        )
+    furthest = present + step * ROUNDING
+    value = limits.grid.nearest(goal, min(present, furthest), max(present, furthest))
+    if value is None or value == present:
+        return Refuse("max_step", f"a register that counts in {limits.resolution:g} moves by no less")
+    return Write(value, final=False)

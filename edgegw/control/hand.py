@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import socket
+import struct
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,17 +14,19 @@ from typing import Any, NamedTuple
 import msgspec
 
 from edgegw import clock
-from edgegw.control import engine
+from edgegw.control import state
+from edgegw.control.command_handler import COMMAND_PATIENCE_S
 from edgegw.control.commands import COMMAND_BYTES
-from edgegw.control.controller import COMMAND_PATIENCE_S, Ledger
-from edgegw.control.engine import Plant, State
-from edgegw.control.guard import History, Refuse, Wait, Write, guard
+from edgegw.control.controller import Ledger
+from edgegw.control.guard import History, Refuse, Wait, Write, guard, same
 from edgegw.control.memory import Memory, MemoryFile, decode
-from edgegw.domain.command import HAND, Reply
+from edgegw.control.plant import Plant
+from edgegw.control.state import State
+from edgegw.domain.command import HAND, Peer, Reply
 from edgegw.domain.image import Image
 from edgegw.domain.record import Event
 from edgegw.domain.tag import Scalar, Value
-from edgegw.drivers.base import Driver
+from edgegw.drivers.base import Driver, LearnsTypes
 from edgegw.errors import DeviceError
 
 log = logging.getLogger(__name__)
@@ -53,7 +56,7 @@ class HandService:
     """The daemon's socket: a line of JSON in and one out; in comes a command, `{"show": TAG}` or `{REQUEST: ...}`."""
 
     def __init__(
-        self, path: Path, obey: Callable[[bytes], Awaitable[Reply]], show: Callable[[str], dict[str, Any]],
+        self, path: Path, obey: Callable[[bytes, Peer], Awaitable[Reply]], show: Callable[[str], dict[str, Any]],
         requests: Mapping[str, Request],
     ) -> None:  # fmt: skip
         self.path = path
@@ -99,11 +102,12 @@ class HandService:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._open += 1
+        peer = _peer(writer)
         try:
             async with asyncio.timeout(IDLE_S) as idle:
                 while line := await self._line(reader):
                     idle.reschedule(None)
-                    writer.write(msgspec.json.encode(await self._answer(line)) + b"\n")
+                    writer.write(msgspec.json.encode(await self._answer(line, peer)) + b"\n")
                     idle.reschedule(asyncio.get_running_loop().time() + IDLE_S)
                     await writer.drain()
                     if len(line) > COMMAND_BYTES:
@@ -120,7 +124,7 @@ class HandService:
         except ValueError:  # longer than the limit
             return b" " * (COMMAND_BYTES + 1)
 
-    async def _answer(self, line: bytes) -> dict[str, Any]:
+    async def _answer(self, line: bytes, peer: Peer) -> dict[str, Any]:
         if self._open > CONNECTIONS:
             return Reply(None, False, f"busy with {CONNECTIONS} connections; try again").wire()
         try:
@@ -131,7 +135,14 @@ class HandService:
             return self._show(asked["show"])
         if isinstance(asked, dict) and len(asked) == 1 and (do := self._requests.get(next(iter(asked)))):
             return await do(*asked.values())
-        return (await self._obey(line)).wire()
+        return (await self._obey(line, peer)).wire()
+
+
+def _peer(writer: asyncio.StreamWriter) -> Peer:
+    """Return who is at the other end, as the kernel says (unix(7), SO_PEERCRED)."""
+    with socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno())) as own:
+        pid, uid, _ = struct.unpack("3i", own.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return Peer(uid, pid)
 
 
 class Alone(NamedTuple):
@@ -152,11 +163,13 @@ async def write_alone(
     The caller holds the journal's lock. Raises DeviceError if the device cannot be read beforehand.
     """
     device, _, tag = setpoint.partition(".")
-    limits = plant.limits[setpoint]
+    who = {"uid": os.getuid(), "pid": os.getpid()}
     known, history = _remembered(plant, setpoint, memory)
     image = Image()
     for scan in await driver.scan():
         image.take(scan, clock.mono_s())
+    types = driver.held_types if isinstance(driver, LearnsTypes) else {}
+    limits = plant.learnt(device, types).limits[setpoint]
     old = image.devices[device].values.get(tag)
     present = old if isinstance(old, bool | int | float | str) else None
     now_s = clock.mono_s()
@@ -164,10 +177,11 @@ async def write_alone(
     if not isinstance(verdict, Write):
         reason = _said(verdict, now_s)
         fields = {"tag": setpoint, "value": wanted, "cause": f"command:{name}", "reason": reason}
-        ledger.append(Event(clock.wall_ms(), "write-refused", fields))
+        ledger.append(Event(clock.wall_ms(), "write-refused", fields | who))
         return Alone(Reply(name, False, f"{setpoint}: {reason}"), old, old, final=False)
     intent = {"tag": setpoint, "cause": f"command:{name}", "old": present, "new": verdict.value}
-    ledger.append(Event(clock.wall_ms(), "command", {"id": name, "write": {setpoint: wanted}, "ok": True}))
+    asked = {"id": name, "write": {setpoint: wanted}, "ok": True}
+    ledger.append(Event(clock.wall_ms(), "command", asked | who))
     ledger.append(Event(clock.wall_ms(), "write", intent))
     made = history.wrote(verdict.value, now_s, limits.max_per_hour)
     known.state = known.state._replace(histories={**known.state.histories, setpoint: made})
@@ -187,7 +201,7 @@ async def write_alone(
     except DeviceError as failure:
         error = str(failure)
     else:
-        if not isinstance(found, bool | int | float | str) or not engine.same(
+        if not isinstance(found, bool | int | float | str) or not same(
             found, verdict.value, limits.resolution
         ):
             error = f"{setpoint}: wrote {verdict.value!r}, and it reads back as {found!r}"
@@ -199,10 +213,10 @@ async def write_alone(
 def _remembered(plant: Plant, setpoint: str, memory: MemoryFile) -> tuple[Memory, History]:
     """Return what control remembers, and the setpoint's history in times of this boot."""
     boot, now_s = clock.boot_id(), clock.mono_s()
-    begin = engine.restored(State(), plant, now_s, saved_s=now_s, same_boot=True)
-    known = decode(memory.load()) or Memory(boot, begin, {}, now_s)
-    state = engine.restored(known.state, plant, now_s, saved_s=known.saved_s, same_boot=known.boot == boot)
-    return known, state.histories.get(setpoint, History())
+    begin = state.restored(State(), plant, now_s, saved_s=now_s, same_boot=True)
+    known = decode(memory.load()) or Memory(boot, begin, now_s)
+    since = state.restored(known.state, plant, now_s, saved_s=known.saved_s, same_boot=known.boot == boot)
+    return known, since.histories.get(setpoint, History())
 
 
 def _said(verdict: Refuse | Wait, now_s: float) -> str:

@@ -1,7 +1,7 @@
 """What control remembers over a restart: a small file, replaced as a whole.
 
-It is kept apart from the journal, so that a journal that is full or set aside takes neither rules nor leases nor
-the ids of commands with it.
+It is kept apart from the journal, so that a journal that is full or set aside takes neither rules nor leases
+with it. The ids of commands have a file of their own.
 """
 
 import asyncio
@@ -12,20 +12,19 @@ from pathlib import Path
 
 import msgspec
 
-from edgegw.control.engine import State
+from edgegw.control.state import State
 
 log = logging.getLogger(__name__)
 
 
 class Memory(msgspec.Struct):
-    """What survives a restart: control's state, and the ids of commands with the moment that they expire.
+    """What survives a restart: control's state.
 
     Monotonic times, as `saved_s`, are good for one boot of the machine.
     """
 
     boot: str
     state: State
-    done: dict[str, int]
     saved_s: float
 
 

@@ -5,12 +5,15 @@ is as recorded: how the site would have answered is not known.
 """
 
 from collections.abc import Iterable, Mapping
+from math import inf
 from typing import Any
 
-from edgegw.control import engine
-from edgegw.control.engine import Memo, Plant, State
+from edgegw.control import engine, state
+from edgegw.control.engine import Memo
+from edgegw.control.plant import Plant
 from edgegw.control.recording import Moment
 from edgegw.control.rule import LinkState
+from edgegw.control.state import State
 from edgegw.domain.image import Image
 from edgegw.domain.record import Scan
 from edgegw.domain.tag import Scalar, Value
@@ -91,7 +94,7 @@ class Replay:
         self._link: LinkState = link
         self._image = Image()
         self._memo = Memo(plant)
-        self._state = engine.restored(State(), plant, BEGAN_S, saved_s=BEGAN_S, same_boot=True)
+        self._state = state.restored(State(), plant, BEGAN_S, saved_s=BEGAN_S, same_boot=True)
         self._now_s = BEGAN_S
         self._due_s: float | None = None
         self._shift_ms: int | None = None
@@ -157,8 +160,9 @@ class Replay:
             if full in self.setpoints and isinstance(value, bool | int | float | str):
                 self.setpoints[full].holds(self._ts(), value)
         self._image.take(
-            Scan(scan.ts, scan.device, values, scan.quality), self._now_s, held=scan.device in self._held
-        )
+            Scan(scan.ts, scan.device, values, scan.quality), self._now_s, held=scan.device in self._held,
+            seen_s=inf,  # a recording says when a device was lost; between, what it holds is what it held
+        )  # fmt: skip
         self.scans += 1
 
     def _cycles(self) -> None:
@@ -171,9 +175,10 @@ class Replay:
             for name, fields in cycle.events:
                 self._note(name, fields)
             for planned in cycle.writes:
-                self._state = engine.confirmed(self._state, planned.setpoint, self._now_s)
+                self._state = state.confirmed(self._state, planned.setpoint, self._now_s)
                 self._kept[planned.setpoint] = planned.value
-                self.setpoints[planned.setpoint].wrote(planned.value, planned.cause)
+                if not planned.repeat:
+                    self.setpoints[planned.setpoint].wrote(planned.value, planned.cause)
                 self.setpoints[planned.setpoint].holds(self._ts(), planned.value)
             if not cycle.writes:
                 return

@@ -1,5 +1,6 @@
 """Commands: what the upstream or a hand at the gateway asks for."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from edgegw.domain.ranges import Ranges
@@ -7,6 +8,13 @@ from edgegw.domain.tag import Scalar
 
 HAND = "hand-"
 """What the ids of commands begin with that a hand at the gateway gives."""
+
+
+class Peer(NamedTuple):
+    """The process that asks by hand at the gateway."""
+
+    uid: int
+    pid: int
 
 
 class WriteCommand(NamedTuple):
@@ -52,6 +60,8 @@ class Reply(NamedTuple):
     ok: bool
     error: str | None = None
     replay: Replay | None = None
+    asked: Mapping[str, Scalar] | None = None
+    """What it asked to write, as far as that could be made out: for the ledger, not for the answer."""
 
     def wire(self) -> dict[str, object]:
         """Return the answer as a message holds it."""

@@ -1,8 +1,8 @@
 """The port between the gateway and a field device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from edgegw.domain.record import Scan
 from edgegw.domain.tag import Scalar, Value
@@ -19,6 +19,9 @@ class Driver(Protocol):
     period_s: float | None
     """Seconds between the starts of two scans; None if the device itself says when (a subscription)."""
 
+    on_connected: Callable[[], None]
+    """Called whenever a connection has been made; the scanner sets it, to scan at once after an outage."""
+
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(
@@ -28,7 +31,8 @@ class Driver(Protocol):
     async def scan(self) -> Sequence[Scan]:
         """Return the device's next readings: one scan, or one for each timestamp the source gave.
 
-        A polled device is read now. A subscribed device returns when readings have come.
+        A polled device is read now. A subscribed device returns when readings have come, and raises once for each
+        loss and each failed attempt to connect.
         """
         ...
 
@@ -45,3 +49,11 @@ class Driver(Protocol):
     async def check(self) -> str:
         """Connect if need be, read once, and return a line that says what was found."""
         ...
+
+
+@runtime_checkable
+class LearnsTypes(Protocol):
+    """A driver that learns from its device in which types this holds what may be written."""
+
+    held_types: Mapping[str, str]
+    """The contract's type of each writable number, by tag; another mapping whenever they were learnt anew."""

@@ -48,6 +48,7 @@ class Session(Generic[C]):
         self._tried = asyncio.Event()
         self._failure: NotConnected | None = None
         self._crash: BaseException | None = None
+        self.listeners: list[Callable[[], None]] = []
 
     async def run(self) -> None:
         """Keep the connection until cancelled."""
@@ -63,6 +64,8 @@ class Session(Generic[C]):
                 self._failure = None
                 self._lost.clear()
                 self._tried.set()
+                for notify in self.listeners:
+                    notify()
                 await self._lost.wait()
         finally:
             self.connection.close()
@@ -100,11 +103,10 @@ class Session(Generic[C]):
 
 @dataclass(slots=True)
 class _Leased(Generic[C]):
-    """A session, the task that runs it, and how many use it."""
+    """A session and the task that runs it."""
 
     session: Session[C]
     task: "asyncio.Task[None]"
-    users: int = 0
 
 
 class Sessions(Generic[C]):
@@ -115,8 +117,10 @@ class Sessions(Generic[C]):
         self._open: dict[tuple[str, int | None], _Leased[C]] = {}
 
     @asynccontextmanager
-    async def lease(self, url: str, timeout_s: float, *, own: int | None = None) -> AsyncIterator[Session[C]]:
-        """Use the endpoint's session; the last to leave closes it.
+    async def lease(
+        self, url: str, timeout_s: float, notify: Callable[[], None], *, own: int | None = None
+    ) -> AsyncIterator[Session[C]]:
+        """Use the endpoint's session; the last to leave closes it. `notify` is called when it has connected.
 
         `own` asks for a session apart from the others' of this url, for the unit of that number.
         """
@@ -124,12 +128,13 @@ class Sessions(Generic[C]):
         leased = self._open.get(key)
         if leased is None or leased.task.done():
             leased = self._open[key] = self._start(url, timeout_s)
-        leased.users += 1
+        listeners = leased.session.listeners
+        listeners.append(notify)
         try:
             yield leased.session
         finally:
-            leased.users -= 1
-            if not leased.users:
+            listeners.remove(notify)
+            if not listeners:
                 if self._open.get(key) is leased:
                     del self._open[key]
                 leased.task.cancel()

@@ -153,8 +153,12 @@ class Sealer:
         digest = batches.digest(body)
         return Batch(self._stream, made.first, count, Kind.SUMMARY, digest, len(body), self._compress(body))
 
-    def skip(self, count: int) -> tuple[int, int]:
-        """Pass over seqs whose records are lost; return the first and the last of them."""
+    def skip(self, count: int, link: bytes | None = None) -> tuple[int, int]:
+        """Pass over seqs whose records are lost; return the first and the last of them.
+
+        `link` is the hash of the last of their batches, None if they never were in any.
+        """
         first = self.head + 1
         self.head += count
+        self.digest = link or self.digest
         return first, self.head

@@ -11,6 +11,10 @@ from edgegw.journal.encode import Entry, encode
 
 BYTES = 16 * 1024**2
 """Encoded records that may wait before new ones are lost."""
+EVENT_BYTES = 8 * 1024**2
+"""What events may take beyond that, but for those that say that a command or a write was refused."""
+WAITING_FLUSHES = 256
+"""Flushes after which those are forgotten that nobody waits for any more."""
 OVERHEAD = 200
 """What each of them takes besides."""
 MIN_MESSAGE = 1024
@@ -21,9 +25,14 @@ TURN_BYTES = 2 * 1024**2
 
 @dataclass
 class Lost:
-    """Stands for records that found the inbox full."""
+    """Stands for records that have seqs and are nowhere: they found the inbox full, or their commits are damaged.
+
+    `link` is the hash that the batch after them carries, None if they never were in batches.
+    """
 
     count: int
+    reason: str = "full"
+    link: bytes | None = None
 
 
 class Damage(NamedTuple):
@@ -57,10 +66,10 @@ class Load:
     readings: int = 0
     bytes: int = 0
 
-    @property
-    def full(self) -> bool:
-        """Whether it holds as much as may wait."""
-        return self.bytes > BYTES
+    def full(self, record: Record) -> bool:
+        """Tell whether it holds as much as may wait before a record is lost."""
+        reserved = isinstance(record, Event) and not _refusal(record)
+        return self.bytes > BYTES + (EVENT_BYTES if reserved else 0)
 
     def add(self, entries: list[Entry], readings: int) -> None:
         """Take a record's entries."""
@@ -78,6 +87,11 @@ class Load:
             lost.count += 1
         else:
             self.items.append(Lost(1))
+
+
+def _refusal(event: Event) -> bool:
+    """Tell whether it is an event of which anybody who may send commands can cause any number."""
+    return event.event == "write-refused" or (event.event == "command" and not event.fields.get("ok"))
 
 
 class Inbox:
@@ -108,8 +122,8 @@ class Inbox:
         self.max_message = max(MIN_MESSAGE, limit)
 
     def put(self, record: Record) -> None:
-        """Take a record. Events are always taken; scans are counted as lost while the inbox is full."""
-        if self._load.full and not isinstance(record, Event):
+        """Take a record, or count it as lost while the inbox is full."""
+        if self._load.full(record):
             with self._lock:
                 self._load.lose()
             return
@@ -125,10 +139,13 @@ class Inbox:
             if isinstance(what, Era):
                 self._load.items.append(what)
             elif isinstance(what, Damage):
-                self._load.damages.append(what)
+                if what not in self._load.damages:
+                    self._load.damages.append(what)
             elif isinstance(what, Prune):
                 self._load.prunes.append(what)
             else:
+                if len(self._load.flushes) >= WAITING_FLUSHES:  # a disk that hangs: most gave up waiting
+                    self._load.flushes = [done for done in self._load.flushes if not done.done()]
                 self._load.flushes.append(what)
 
     def take(self) -> Load:

@@ -307,6 +307,7 @@ class Journal:
             batches = reader.batches(begins, last, limit=limit, max_bytes=READ_BYTES)
         except JournalDamaged as error:
             self._inbox.tell(Damage(reader.stream, str(error)))
+            self._close_reader()  # what it has in memory may be what is wrong
             raise
         settled = self._settled.copy()
         found: list[tuple[Batch, bytes | None]] = []

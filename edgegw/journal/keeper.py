@@ -19,7 +19,7 @@ from edgegw.errors import JournalDamaged
 from edgegw.journal import retention
 from edgegw.journal.encode import Sealer
 from edgegw.journal.inbox import Damage, Inbox
-from edgegw.journal.retention import Doom, Loss, Summary
+from edgegw.journal.retention import Doom, Loss, NamedLosses, Summary
 from edgegw.journal.settled import Settled
 from edgegw.journal.store import Store, Stored, of_period, unpack
 from edgegw.journal.thin import COARSER, Source, Thinned, thin, timing
@@ -38,6 +38,8 @@ ROW_BYTES = 160
 
 EVENT_BYTES = 200
 """What the event takes that tells of it."""
+GAP_BATCH_BYTES = 600
+"""What the batch takes that such an event stands in, with its row."""
 
 
 class Keeper:
@@ -55,6 +57,11 @@ class Keeper:
         """Start anew with another stream."""
         self._no_gain: dict[int, int] = {}  # by period: up to which seq thinning has nothing to gain from
         self._empty = Ranges()  # where there are no rows any more
+        self._named = NamedLosses()
+
+    def note_named(self, losses: Sequence[Loss], seq: int) -> None:
+        """Note that the batch at `seq` names these losses."""
+        self._named.add(losses, seq)
 
     def expired(self, store: Store, run_ms: int) -> Doom:
         """Choose, now and then, what is settled and old."""
@@ -75,21 +82,30 @@ class Keeper:
                 return retention.dooming(old, settled), len(old)
         return retention.NOTHING, 0
 
-    def room(self, store: Store, sealer: Sealer, need_bytes: int, *, cramped: bool = False) -> Doom:
-        """Choose what gives back room, some of it at a time: what is settled, what at least the broker has confirmed,
+    def acknowledged(self, store: Store, head: int, need_bytes: int) -> Doom:
+        """Choose what is settled and gives back so much room, or as much as there is of it."""
+        settled = self._settled.copy()
+        return retention.freeing(
+            self._settled_rows(store, head, settled), settled, self._share(store, need_bytes)
+        )
+
+    def unsent(self, store: Store, sealer: Sealer, need_bytes: int, *, cramped: bool = False) -> Doom:
+        """Choose what gives back room though no receiver has it, some of it at a time: what the broker has confirmed,
         what can be thinned, what is oldest.
 
         What is thinned gives back less than it seems to where its rows share pages with others: `cramped`, after that
         has failed, lets go instead.
         """
-        need_bytes = max(need_bytes, self._config.max_size // (10 if cramped else 100))
+        need_bytes = self._share(store, need_bytes, cramped=cramped)
         settled = self._settled.copy()
-        doom = retention.freeing(self._settled_rows(store, sealer.head, settled), settled, need_bytes)
-        if not doom.ranges:
-            doom = self._drop(store, self._settled.delivered(), settled, need_bytes)
+        doom = self._drop(store, self._settled.delivered(), settled, need_bytes)
         if not doom.ranges and self._config.when_full == "thin" and not cramped:
             doom = self._thin(store, sealer)
         return doom if doom.ranges else self._drop(store, settled.gaps(1, sealer.head), settled, need_bytes)
+
+    def _share(self, store: Store, need_bytes: int, *, cramped: bool = False) -> int:
+        """Return how much to free at one time: what is needed, and a small part of what is there."""
+        return max(need_bytes, store.used_bytes() // (10 if cramped else 100))
 
     def _settled_rows(self, store: Store, head: int, settled: Ranges) -> Iterator[Stored]:
         for seqs in settled:
@@ -104,21 +120,26 @@ class Keeper:
     def _drop(
         self, store: Store, within: Iterable[tuple[int, int]], settled: Ranges, need_bytes: int
     ) -> Doom:
-        """Choose the oldest of what no receiver has, within these seqs; naming it must not take more room than it
-        gives back."""
+        """Choose the oldest of what no receiver has, within these seqs.
+
+        Nothing goes whose naming takes as much room as it gives back: gap events would go for gap events without end.
+        """
         wanted, within = need_bytes, list(within)
         while True:
             unsent = (stored for seqs in within for stored in store.oldest(*seqs, 2000))
             doom = retention.freeing(unsent, settled, wanted)
-            named = self._named_again(store, doom)
-            gained = doom.bytes - EVENT_BYTES * (len(named.lost) + len(named.events))
+            named = self._named_again(store, doom, settled)
+            batches = sum(len(loss.batches) for loss in doom.lost)
+            events = len(named.lost) + len(named.events)
+            gained = doom.bytes + ROW_BYTES * batches - GAP_BATCH_BYTES - EVENT_BYTES * events
             if gained >= need_bytes or doom.bytes < wanted:
-                return named
+                return named if gained > 0 else retention.NOTHING
             wanted *= 2
 
-    def _named_again(self, store: Store, doom: Doom) -> Doom:
+    def _named_again(self, store: Store, doom: Doom, settled: Ranges) -> Doom:
         """Add to what is lost what the gap events among it named: nobody upstream has heard of that yet."""
-        lost, again = [*doom.lost], []
+        lost: list[Loss] = [*doom.lost]
+        again: list[Event] = []
         for loss in doom.lost:
             for batch in store.events(loss.first, loss.last):
                 try:
@@ -134,7 +155,10 @@ class Keeper:
                     else:
                         digest = bytes.fromhex(record["last_prev"])
                         lost.append(Loss(record["from"], record["to"], digest, [], record["reason"]))
-        return doom._replace(lost=retention.joined(lost), events=again)
+        lost = self._named.widened(lost, settled)
+        gone = Ranges((loss.first, loss.last) for loss in lost)
+        events = [event for event in again if not _names_within(event, gone)]
+        return doom._replace(lost=lost, events=events)
 
     # -- thinning ----------------------------------------------------------------------------------------
 
@@ -197,6 +221,16 @@ class Keeper:
 
     # -- damage ------------------------------------------------------------------------------------------
 
+    def confirmed(self, store: Store, damages: Sequence[Damage]) -> list[Damage]:
+        """Read what a reader found damaged once more, and return what is: a single misread must not cost a batch."""
+        found = []
+        for damage in damages:
+            if store.sound(damage.first, damage.last):
+                log.warning("journal: %s; read once more it is sound", damage.detail)
+            else:
+                found.append(damage)
+        return found
+
     def condemned(self, store: Store, sealer: Sealer, damages: Sequence[Damage]) -> Doom:
         """Give up what was found damaged: all up to the next sound batch, which also tells the last one's hash."""
         settled = self._settled.copy()
@@ -232,6 +266,11 @@ def _messages(store: Store, oldest: Sequence[Stored]) -> Iterator[tuple[int, Mes
 def _summary(sealer: Sealer, thinned: Thinned, period_s: int) -> Summary:
     batch = sealer.summary(thinned, period_s)
     return Summary(batch, thinned.last_prev, period_s, thinned.first_ts, thinned.last_ts)
+
+
+def _names_within(event: Event, gone: Ranges) -> bool:
+    """Tell whether a gap event of thinned readings names what is gone altogether by now."""
+    return "stream" not in event.fields and gone.covers(event.fields["from"], event.fields["to"])
 
 
 def _gone(run: Sequence[Stored]) -> Event:

@@ -1,7 +1,7 @@
 """The mark beside the journal: how far it is known to have come, so that an older copy gives itself away.
 
 One short line of JSON with its CRC-32, within one sector, rewritten in place after every commit and forced to
-the disk with every checkpoint. It never runs ahead of what is durable in the journal.
+the disk with a stream's first commit and with every checkpoint. It never runs ahead of what is durable in the journal.
 """
 
 import os
@@ -48,6 +48,7 @@ class MarkFile:
         if line == self._written and not sync:
             return
         try:
+            new = not self.path.exists()
             fd = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o640)
             try:
                 os.pwrite(fd, line, 0)
@@ -55,11 +56,22 @@ class MarkFile:
                     os.fdatasync(fd)
             finally:
                 os.close(fd)
+            if new:
+                _sync_folder(self.path.parent)
         except OSError as error:
             raise JournalError(
                 f"journal's mark {self.path}: {(error.strerror or str(error)).lower()}"
             ) from error
         self._written = line
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new file's name last."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _sum(line: bytes) -> bytes:

@@ -114,14 +114,41 @@ def stretches(
 
 
 def joined(lost: Iterable[Loss]) -> list[Loss]:
-    """Join losses that follow on each other, so that one gap event names them."""
+    """Join losses that overlap or follow on each other, so that one gap event names them."""
     joint: list[Loss] = []
     for loss in sorted(lost):
         if joint and loss.first <= joint[-1].last + 1:
-            loss = loss._replace(first=joint[-1].first, batches=joint[-1].batches + loss.batches)
-            joint.pop()
+            before = joint.pop()
+            later = loss if loss.last >= before.last else before
+            loss = later._replace(first=before.first, batches=before.batches + loss.batches)
         joint.append(loss)
     return joint
+
+
+class NamedLosses:
+    """What gap events name and nobody upstream has confirmed.
+
+    A loss beside one of these is named together with it. So a journal that drops its oldest records for days, with
+    the gap events among them, names one range that grows, instead of more and more of them.
+    """
+
+    def __init__(self) -> None:
+        self._named: list[tuple[Loss, int]] = []
+
+    def add(self, losses: Iterable[Loss], seq: int) -> None:
+        """Note that the batch at `seq` names these; what it names again is named by it alone."""
+        for loss in losses:
+            self._named = [
+                (known, by) for known, by in self._named if known.first < loss.first or known.last > loss.last
+            ]
+            self._named.append((loss._replace(batches=[]), seq))
+
+    def widened(self, lost: Iterable[Loss], settled: Ranges) -> list[Loss]:
+        """Return losses, each joined with what was named beside it before and is not confirmed."""
+        self._named = [(known, by) for known, by in self._named if not settled.covers(by, by)]
+        lost = list(lost)
+        wide = joined([*lost, *(known for known, _ in self._named)])
+        return [one for one in wide if any(one.first <= loss.first <= one.last for loss in lost)]
 
 
 def dooming(doomed: Iterable[Stored], settled: Ranges) -> Doom:

@@ -33,6 +33,9 @@ CREATE TABLE acked (
     last INTEGER NOT NULL,
     sum INTEGER NOT NULL         -- CRC-32 of the others: a wrong range would hide batches that nobody has
 ) STRICT;
+CREATE TABLE reserve (           -- empty but for a moment: what takes room on a disk that others fill
+    zeros BLOB NOT NULL
+) STRICT;
 CREATE TABLE wear (              -- one row, as of the last checkpoint
     run_ms INTEGER NOT NULL,
     readings INTEGER NOT NULL,

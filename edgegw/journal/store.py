@@ -6,6 +6,7 @@ older versions can corrupt a WAL database that has two connections.
 """
 
 import hashlib
+import re
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ import zstandard
 from edgegw.domain.batch import GENESIS, HEAD_ROOM, Batch, Kind, names
 from edgegw.domain.ranges import Ranges
 from edgegw.errors import JournalDamaged, JournalError, JournalFull
+from edgegw.journal.wal import Trace, committed_beyond
 from edgegw.journal.wear import Wear
 
 APPLICATION_ID = 0x65646777  # "edgw"
@@ -29,7 +31,7 @@ PAGE = 1024
 OPEN_WAIT_MS = 5_000
 FRAME = PAGE + 24
 SLACK = 64 * 1024
-"""What is kept free for the events that name what went, and for what is settled."""
+"""What is kept free for the events that name what went, and for what is settled; less of a file that may not grow."""
 CHECKPOINT_FSYNCS = 4
 """Of the WAL, of the database, of the mark beside it, and of the WAL's header when that begins anew."""
 CHECKPOINT_WAIT_MS = 100
@@ -136,6 +138,8 @@ class Store:
             db.pragma("max_page_count", self._max_pages)
             db.set_wal_hook(self._committed)
             self.stream = _stream(db, self.path)
+            if db.execute("SELECT count(*) FROM reserve").get:
+                db.execute("DELETE FROM reserve")  # of a process that was killed while it reserved
             db.set_busy_timeout(CHECKPOINT_WAIT_MS)
 
     def _create(self, db: apsw.Connection, now_ms: int) -> None:
@@ -159,6 +163,20 @@ class Store:
         with _mapped(self.path, "read"):
             self._limit_pages = min(self._max_pages, int(self._open.pragma("page_count")))
         self._confined = True
+
+    def reserve(self, size_bytes: int) -> None:
+        """Take so much of the disk now, as free pages of the file that later records fill; raise JournalFull.
+
+        They are written once, so that they are there whatever others take; the WAL grows by as much.
+        """
+        with _mapped(self.path, "reserve"):
+            db = self._open
+            with _transaction(db):
+                db.execute("INSERT INTO reserve VALUES (zeroblob(?))", (size_bytes,))
+            self.checkpoint(force=True)
+            with _transaction(db):
+                db.execute("DELETE FROM reserve")
+            self._fsyncs += 2
 
     def relax(self) -> None:
         """Grow up to the limit again."""
@@ -186,6 +204,17 @@ class Store:
         """Return the newest batch, None if there is none yet."""
         with _mapped(self.path, "read"):
             return _newest(self._open, self.stream)
+
+    def committed_beyond(self, tip: int) -> Trace | None:
+        """Return the last batch that was committed after record `tip` and cannot be read, None if there is none.
+
+        To be asked before anything is written: that takes the place of the frames that bear witness.
+        """
+        with _mapped(self.path, "read"):
+            frames, _ = self._open.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
+            wal = _wal(self.path)
+            content = wal.read_bytes() if wal.exists() else b""
+        return committed_beyond(content, max(0, frames), PAGE, tip)
 
     def following(self, seq: int) -> Batch | None:
         """Return the first batch that begins after `seq`, None if there is none."""
@@ -262,6 +291,17 @@ class Store:
         self._fsyncs += CHECKPOINT_FSYNCS
         return True
 
+    @property
+    def slack_bytes(self) -> int:
+        """What is kept free for the events that name what went, and for what is settled."""
+        return min(SLACK, self._limit_pages * PAGE // 8)
+
+    def used_bytes(self) -> int:
+        """Return what of the file holds anything."""
+        with _mapped(self.path, "read"):
+            db = self._open
+            return (int(db.pragma("page_count")) - int(db.pragma("freelist_count"))) * PAGE
+
     def free_bytes(self) -> int:
         """Return how much still fits below the limit."""
         with _mapped(self.path, "read"):
@@ -278,8 +318,7 @@ class Store:
                 "SELECT period, sum(length(packed)) FROM batch INDEXED BY summary_bytes"
                 " WHERE period > 0 GROUP BY period"
             ).fetchall()
-            used = (int(db.pragma("page_count")) - int(db.pragma("freelist_count"))) * PAGE
-        return {0: used - sum(size for _, size in rows), **dict(rows)}
+        return {0: self.used_bytes() - sum(size for _, size in rows), **dict(rows)}
 
     def latest_run_ms(self) -> int:
         """Return how long the journal had been open, in all, when its newest batch was written."""
@@ -318,6 +357,27 @@ class Store:
         if not found:
             raise JournalDamaged(f"journal {self.path}: the batch at {seq} is not there")
         return found[0]
+
+    def sound(self, first: int, last: int) -> bool:
+        """Tell whether batches that give their hashes hold each seq of `first` to `last`, as the disk has it now."""
+        with _mapped(self.path, "read"):
+            self._open.release_memory()
+        while first <= last:
+            with _mapped(self.path, "read"):
+                found = _batches(
+                    self._open, self.stream, "seq BETWEEN ? AND ? ORDER BY seq LIMIT 64", (first, last)
+                )
+            if not found:
+                return False
+            for batch in found:
+                try:
+                    unpack(batch)
+                except JournalDamaged:
+                    return False
+                if batch.seq != first:
+                    return False
+                first = batch.last + 1
+        return True
 
     def pending_batches(self, settled: Ranges, head: int) -> int:
         """Count the batches that are not settled."""
@@ -570,6 +630,30 @@ def set_aside(path: Path, stamp: str) -> Path:
     except OSError as error:
         raise JournalError(f"journal {path}: cannot be set aside as {aside}: {error.strerror}") from error
     return aside
+
+
+def delete_set_aside(path: Path, keep: int, max_bytes: int) -> list[str]:
+    """Delete files that were set aside beside a journal, but for the newest `keep` and no more than `max_bytes` of
+    them; return the names of those deleted. The newest always stays."""
+    aside = sorted(
+        file for file in path.parent.glob(f"{path.name}.*Z") if _ASIDE.fullmatch(file.name[len(path.name) :])
+    )
+    deleted: list[str] = []
+    total = 0
+    for number, file in enumerate(reversed(aside)):
+        logs = [
+            log for suffix in ("-wal", "-journal") if (log := file.with_name(file.name + suffix)).exists()
+        ]
+        with suppress(OSError):
+            total += sum(one.stat().st_size for one in (file, *logs))
+            if number and (number >= keep or total > max_bytes):
+                for one in (*logs, file):
+                    one.unlink()
+                deleted.append(file.name)
+    return deleted
+
+
+_ASIDE = re.compile(r"\.\d{8}T\d{12}Z")
 
 
 def _wal(path: Path) -> Path:

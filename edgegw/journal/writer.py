@@ -28,7 +28,17 @@ from edgegw.journal.mark import Mark, MarkFile
 from edgegw.journal.retention import Doom, Loss
 from edgegw.journal.settled import Settled
 from edgegw.journal.spanner import Spanner
-from edgegw.journal.store import PAGE, SLACK, Row, Span, Store, Tip, ballast_bytes, set_aside, unpack
+from edgegw.journal.store import (
+    PAGE,
+    Row,
+    Span,
+    Store,
+    Tip,
+    ballast_bytes,
+    delete_set_aside,
+    set_aside,
+    unpack,
+)
 from edgegw.journal.succession import Left
 from edgegw.journal.wear import Odometer
 
@@ -40,6 +50,8 @@ TRANSACTION_BYTES = 2 * 1024**2
 """Encoded records in one transaction, at most; less where half the WAL's share is less."""
 ACKED_EVERY_S = 10.0
 """How often what is settled is written down: each time costs a page, and a loss only means sending again."""
+KEEP_ASIDE = 2
+"""Files set aside that stay, at most, and no more than `max_size` of them in all."""
 RETRY_S = 1.0
 PRUNE_S = 0.1
 """How long a turn prunes because it was asked to."""
@@ -148,8 +160,7 @@ class Writer:
                 step()
             except JournalDamaged as error:
                 self._failed(error)
-                self._replace("damaged", str(error))
-                step()
+                self._try_again(step)
         except JournalError as error:
             self._failed(error)
             self._headroom.squeezed(full=isinstance(error, JournalFull))
@@ -163,6 +174,15 @@ class Writer:
                 log.warning("journal: back after %d failures, %.0f s", self._failures, down_s)
             self._failures = 0
             self.error = None
+
+    def _try_again(self, step: Callable[[], object]) -> None:
+        """Set the file aside only if it is damaged, too, when it is opened and checked anew: a misread is not."""
+        try:
+            step()
+        except JournalDamaged as error:
+            self._failed(error)
+            self._replace("damaged", str(error))
+            step()
 
     def _failed(self, error: JournalError) -> None:
         if not self._failures:
@@ -185,6 +205,7 @@ class Writer:
         stamp = datetime.fromtimestamp(clock.wall_ms() / 1000, UTC).strftime("%Y%m%dT%H%M%S%fZ")
         left = self._left(self._mark.read())
         aside = set_aside(self._path, stamp)
+        deleted = delete_set_aside(self._path, KEEP_ASIDE, self._config.max_size)
         log.error(
             "journal %s: %s (%s); set aside as %s, a new stream begins",
             self._path,
@@ -192,7 +213,11 @@ class Writer:
             detail,
             aside.name,
         )
-        self._begin_with(left, reason, {"set_aside": aside.name})
+        if deleted:
+            log.warning(
+                "journal %s: deleted older files that were set aside: %s", self._path, ", ".join(deleted)
+            )
+        self._begin_with(left, reason, {"set_aside": aside.name, **({"deleted": deleted} if deleted else {})})
         self._damages = []
 
     def _left(self, mark: Mark | None) -> dict[str, Left]:
@@ -206,9 +231,8 @@ class Writer:
         if self._store is not None and self._sealer is not None:
             return self._store, self._sealer
         mark = self._mark.read()
-        store = Store(self._path, self._config.max_size).open(
-            clock.wall_ms(), check=mark is None or not mark.clean
-        )
+        unclean = mark is None or not mark.clean
+        store = Store(self._path, self._config.max_size).open(clock.wall_ms(), check=unclean)
         try:
             tip, older = self._tip(store, mark)
             if self._unsure:
@@ -229,17 +253,29 @@ class Writer:
             settled = store.acked()
             settled.remove(tip.head + 1, 1 << 62)
             self._settled.begin(store.stream, settled, tip.head, end_to_end=store.end_to_end())
+            if unclean:
+                self._skip_damaged_commits(store, tip)
         if self._headroom.confined:
             store.confine()
         self.head, self.stream = tip.head, store.stream
         self._store, self._sealer = store, Sealer(self._gateway, store.stream, tip.head, tip.digest)
+        if tip.head:  # until then the mark tells of the stream before
+            self._write_mark(clean=False, sync=True)
         unsure, self._unsure = self._unsure, None
         if unsure and unsure.sealed and unsure.sealed[-1].batch.digest == tip.digest:
             self._durable(unsure)  # the commit that seemed to fail is on the disk after all
         self._settled.recount(lambda settled: store.pending_batches(settled, self.head))
-        if tip.head:  # until then the mark tells of the stream before
-            self._write_mark(clean=False, sync=True)
         return self._store, self._sealer
+
+    def _skip_damaged_commits(self, store: Store, tip: Tip) -> None:
+        """Use no seq again of commits that the WAL shows to have been, and that can be read no more."""
+        beyond = store.committed_beyond(tip.head)
+        if beyond is not None:
+            log.error(
+                "journal %s: WAL damaged; records %d to %d were committed and cannot be read; a gap event names them",
+                self._path, tip.head + 1, beyond.last,
+            )  # fmt: skip
+            self._waiting.insert(0, Lost(beyond.last - tip.head, "damaged", beyond.link))
 
     def _make_sure(self, store: Store) -> None:
         """Have all that the WAL holds written once more: after a sync that failed the kernel takes it for written.
@@ -272,7 +308,8 @@ class Writer:
                 tip = Tip(mark.head, bytes.fromhex(mark.digest))
                 self._damages.append(Damage(store.stream, str(error), newest.seq, newest.seq))
         if mark is None:
-            return tip, ""
+            gone = tip.head and not self._mark.path.exists()
+            return tip, "no mark is beside it, as with a copy that was put back" if gone else ""
         if mark.stream != store.stream:
             return tip, f"the mark beside it is of stream {mark.stream}" if tip.head else ""
         if mark.head > tip.head or (mark.head == tip.head and mark.digest != tip.digest.hex()):
@@ -286,7 +323,9 @@ class Writer:
         self._headroom.look(store)
         self._take()
         if self._damages:
-            self._commit(store, sealer, [], self._keeper.condemned(store, sealer, self._damages))
+            doom = self._keeper.condemned(store, sealer, self._keeper.confirmed(store, self._damages))
+            if doom.ranges:
+                self._commit(store, sealer, [], doom)
             self._damages = []
         expired = self._keeper.expired(store, self._odometer.run_ms)
         while self._waiting or expired.ranges or not sealer.head:
@@ -374,6 +413,8 @@ class Writer:
             rows, doomed=doom.ranges, acked=acked, spans=spans, wear=self._odometer.due(store.take_fsyncs),
             end_to_end=self._settled.end_to_end,
         )  # fmt: skip
+        if not self.head:  # a stream's first: that it began must be known before anybody hears of it
+            self._mark.write(Mark(self.stream, sealer.head, sealer.digest.hex(), clean=False), sync=True)
         self._unsure = None
         self._durable(unsure)
         self._checkpoint(store)
@@ -396,8 +437,7 @@ class Writer:
             *groups,
         ]:
             if isinstance(made, Lost):
-                digest = sealer.digest
-                gaps.append(Loss(*sealer.skip(made.count), digest, [], "full"))
+                gaps.append(Loss(*sealer.skip(made.count, made.link), sealer.digest, [], made.reason))
                 (made,) = self._grouped([_gap(gaps[-1])])
             sealed.append(_Sealed(*sealer.seal(made), made.first_ts, made.last_ts))
         return sealed, gaps
@@ -413,6 +453,7 @@ class Writer:
         self._settled.appended(len(done.sealed))
         for gap in done.gaps:
             self._settled.gone(gap.first, gap.last, gap.batches)
+        self._keeper.note_named(done.gaps, done.sealed[0].batch.seq)
         self._say_gone(done)
         batches = [made.batch for made in done.sealed]
         self._tell(Committed(self.stream, batches, [made.body for made in done.sealed]), [])
@@ -442,11 +483,15 @@ class Writer:
         It goes in transactions of its own, because what deleting gives back is known only afterwards: pages are
         shared between batches.
         """
-        need = SLACK + sum(_room(made.size) for made in groups if isinstance(made, Group))
+        need = store.slack_bytes + sum(_room(made.size) for made in groups if isinstance(made, Group))
         while (short := need - store.free_bytes()) > 0:
-            doom = self._keeper.room(store, sealer, short, cramped=self._headroom.cramped)
+            doom = self._keeper.acknowledged(store, sealer.head, short)
             if not doom.ranges:
-                return  # the newest batch alone is left
+                if self._headroom.extend(store):
+                    continue
+                doom = self._keeper.unsent(store, sealer, short, cramped=self._headroom.cramped)
+            if not doom.ranges:
+                return  # nothing is left whose going would give back anything
             self._commit(store, sealer, [], doom)
             self._headroom.cramped = False
 

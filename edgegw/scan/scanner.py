@@ -25,7 +25,7 @@ class Scanner:
 
     def __init__(
         self, name: str, driver: Driver, append: Callable[[Record], None], image: Image,
-        touched: Callable[[str], None], reporter: Reporter | None = None,
+        touched: Callable[[str], None], reporter: Reporter | None = None, delay_s: float = 0.0,
     ) -> None:  # fmt: skip
         self.name = name
         self.state = "unknown"
@@ -37,15 +37,17 @@ class Scanner:
         self._image = image
         self._touched = touched
         self._reporter = reporter
+        self._delay_s = delay_s
         self._failures = 0
         self._down_since = 0.0
 
     async def run(self) -> None:
         """Scan until cancelled."""
         period_s = self._driver.period_s
-        pause = Pause()
+        pause, retry = Pause(), Pause()
+        self._driver.on_connected = retry.end
         async with self._driver as driver:
-            due = schedule.Due(schedule.first(self.name, clock.mono_s(), period_s or 0.0), 0)
+            due = schedule.Due(clock.mono_s() + self._delay_s, 0)
             while True:
                 if period_s is not None:
                     await pause(due.at_s - clock.mono_s())
@@ -54,7 +56,8 @@ class Scanner:
                     scans = await driver.scan()
                 except DeviceError as error:
                     self._failed(error)
-                    await pause(self._pause_s(period_s or 0.0))
+                    if period_s is not None:  # a subscription says once for each attempt that it failed
+                        await retry(self._pause_s(period_s))
                 else:
                     self._scanned(scans, began_s)
                 if period_s is not None:
@@ -71,9 +74,10 @@ class Scanner:
         if self._failures or self.state == "unknown":
             self._answered()
         held = self._driver.period_s is None
-        at_s = clock.mono_s() if held else began_s
+        now_s = clock.mono_s()
+        at_s = now_s if held else began_s
         for scan in scans:
-            self._image.take(scan, at_s, held=held)
+            self._image.take(scan, at_s, held=held, seen_s=now_s)
             self.readings += len(scan.values)
             self.last_ts = scan.ts
         self._touched(self.name)  # control first: it must not wait for anything else
@@ -106,6 +110,6 @@ class Scanner:
         self._touched(self.name)
 
     def _pause_s(self, period_s: float) -> float:
-        """Return how long to leave a failing device alone: ever longer, never in step with others."""
+        """Return how long to leave a failing device alone, unless it is connected again: ever longer, with jitter."""
         longest = min(RETRY_MOST_S, RETRY_FIRST_S * 2 ** min(self._failures, 10))
         return random.uniform(longest / 2, longest) if longest > period_s else 0.0

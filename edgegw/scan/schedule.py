@@ -1,11 +1,18 @@
 """When a device's scans are due."""
 
+from collections import defaultdict
+from collections.abc import Mapping
 from math import ceil
 from typing import NamedTuple
 from zlib import crc32
 
+from edgegw.config.schema import AnyDevice, ModbusDevice
+
 SPREAD_S = 0.25
 """The first scans of many devices are spread over this much, so that they do not all come at once for ever."""
+
+SHARED_SPREAD_MAX_S = 30.0
+"""The first scans of units that share a connection are spread over their period, but nobody waits longer."""
 
 
 class Due(NamedTuple):
@@ -15,9 +22,25 @@ class Due(NamedTuple):
     skipped: int
 
 
-def first(name: str, now_s: float, period_s: float) -> float:
-    """Return when a device's first scan is due: soon, and always at the same place among its neighbours."""
-    return now_s + crc32(name.encode()) % 1000 / 1000 * min(SPREAD_S, period_s)
+def first_delays(devices: Mapping[str, AnyDevice]) -> dict[str, float]:
+    """Return how long after the start each device's first scan is due, in seconds.
+
+    Soon, and at the same place among its neighbours each time. The units of one url are spread evenly over their
+    periods, since their connection carries one request at a time.
+    """
+    delays = {
+        name: crc32(name.encode()) % 1000 / 1000 * min(SPREAD_S, device.every.s)
+        for name, device in devices.items()
+    }
+    units: dict[str, list[str]] = defaultdict(list)
+    for name, device in devices.items():
+        if isinstance(device, ModbusDevice):
+            units[device.url].append(name)
+    for names in units.values():
+        if len(names) > 1:
+            for place, name in enumerate(sorted(names)):
+                delays[name] = place / len(names) * min(SHARED_SPREAD_MAX_S, devices[name].every.s)
+    return delays
 
 
 def following(due_s: float, now_s: float, period_s: float) -> Due:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgegw.cli.daemon import Ask, converse, own
+from edgegw.cli.daemon import Ask, converse, expect_alone, locate, own, there
 from edgegw.cli.moment import age
 from edgegw.cli.options import config_option, json_option, load_config, open_journal, print_json
 from edgegw.errors import JournalError
@@ -109,19 +109,18 @@ def _count(reader: "Reader", released: "Ranges") -> int:
 
 def _ask(config_path: Path | None, command: str, name: str, request: dict[str, Any]) -> dict[str, Any]:
     """Have the running gateway do it, or the journal itself where none runs; raise JournalError."""
-    from edgegw.config.load import journal_path
     from edgegw.journal import tending
 
     config, path = load_config(config_path)
-    file = journal_path(config, path)
+    place = locate(config, path)
+    file = there(place)
 
     def talk(ask: Ask) -> dict[str, Any]:
         return ask({name: request})
 
-    if not file.exists():
-        raise JournalError(f"journal {file}: not there; it is made when the gateway first runs")
     done = converse(file, command, talk)
     if done is None:
+        expect_alone(place, config, command)
         done = asyncio.run(
             _alone(config, file, command, lambda journal: tending.requests(journal)[name](request))
         )

@@ -52,6 +52,13 @@ def not_an_answer(request: bytes, answer: bytes) -> DeviceError:
     )
 
 
+def gateway_reason(answer: bytes) -> str | None:
+    """Return why a gateway says that it has no answer of a unit (7, exceptions 10 and 11), None if it is the unit's."""
+    if answer[0] & 0x80 and len(answer) == 2 and answer[1] in (10, 11):
+        return EXCEPTIONS[answer[1]]
+    return None
+
+
 def check_written(request: bytes, answer: bytes) -> None:
     """Return if an answer is the echo of this very write: function, address, and value or count.
 

@@ -1,8 +1,9 @@
 """Transports: how a request's bytes reach a unit and the answer's come back.
 
-TCP, plain or in TLS, has a lean protocol of its own over pymodbus's framer, since transaction ids let several
-requests be on the way and tell every answer's request. RTU over TCP and serial lines use pymodbus's clients,
-strictly one request at a time, since no transaction id tells a late answer from a wanted one.
+Every connection carries one request at a time, since many a gateway serves only one: the next is sent when the one
+before it was answered or timed out. TCP, plain or in TLS, has a lean protocol of its own over pymodbus's framer, whose
+transaction ids distinguish a late answer from the awaited one. RTU over TCP and serial lines have none and use
+pymodbus's clients.
 """
 
 import asyncio
@@ -11,7 +12,8 @@ import ssl
 import struct
 from collections import deque
 from collections.abc import Awaitable
-from typing import Any, NamedTuple, Protocol, cast
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 from urllib.parse import parse_qs, urlsplit
 
 from pymodbus.client import AsyncModbusSerialClient, AsyncModbusTcpClient
@@ -20,18 +22,13 @@ from pymodbus.framer import FramerSocket, FramerType
 from pymodbus.pdu import DecodePDU, ModbusPDU
 
 from edgegw.drivers import delivery
+from edgegw.drivers.modbus.probes import Probes
 from edgegw.errors import BadAnswer, DeviceError, NoAnswer, NotConnected, NotSent, Spoilt
 
 logging.getLogger("pymodbus").setLevel(logging.CRITICAL)  # what goes wrong is said once, by the scanner
 
-TURN_S = 0.2
-"""How long a request on a shared connection keeps the others waiting."""
-
 MUTE = 3
 """Requests in a row without any answer after which a connection is taken for dead: it may well be half open."""
-
-_HANDED_OVER = -1
-"""Holds the turn, in place of a transaction id, until the next in the queue has come to take it."""
 
 _HEADER = 7
 _LONGEST = 254  # unit and PDU, the length field of an MBAP header (Messaging on TCP/IP 1.0b, 3.1.3)
@@ -53,6 +50,10 @@ class Transport(Protocol):
         """Send a request PDU and return the PDU that answers it; raise DeviceError, NotSent if nothing went out."""
         ...
 
+    def check(self, unit: int) -> None:
+        """Return if a unit may be read now; raise NoAnswer if it is failing and would delay its neighbours."""
+        ...
+
     def recall(self) -> None:
         """Have nothing that was sent and has not been delivered arrive later, at the price of the connection."""
         ...
@@ -68,7 +69,7 @@ def open_transport(url: str) -> Transport:
 
 
 class TcpTransport:
-    """Modbus/TCP, plain or in TLS: any number of requests on the way, told apart by their transaction ids.
+    """Modbus/TCP, plain or in TLS.
 
     TLS verifies the device's certificate and name against the system's store, or what SSL_CERT_FILE names.
     """
@@ -78,6 +79,8 @@ class TcpTransport:
         self._tls = parts.scheme == "tls"
         self._host, self._port = parts.hostname or "", parts.port or (802 if self._tls else 502)
         self._wire: _Wire | None = None
+        self._probes = Probes()
+        self._loop = asyncio.get_running_loop()
 
     @property
     def connected(self) -> bool:
@@ -86,11 +89,12 @@ class TcpTransport:
 
     async def connect(self, timeout_s: float) -> None:
         """Connect; raise NotConnected."""
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(timeout_s):
                 context = ssl.create_default_context() if self._tls else None
-                _, self._wire = await loop.create_connection(_Wire, self._host, self._port, ssl=context)
+                _, self._wire = await self._loop.create_connection(
+                    lambda: _Wire(self._probes), self._host, self._port, ssl=context
+                )
         except TimeoutError:
             raise NotConnected("unreachable", f"no connection in {timeout_s} s") from None
         except ConnectionRefusedError:
@@ -111,6 +115,10 @@ class TcpTransport:
             raise NotSent("not-connected", "no connection")
         return self._wire.call(unit, pdu, timeout_s)
 
+    def check(self, unit: int) -> None:
+        """Return if a unit may be read now; raise NoAnswer if it is failing and would delay its neighbours."""
+        self._probes.check(unit, self._loop.time())
+
     def recall(self) -> None:
         """End the connection if what was sent on it is not delivered."""
         if self._wire is not None:
@@ -123,38 +131,46 @@ class TcpTransport:
             wire.fail(NotConnected("closed", "the connection was closed"))
 
 
-class _Asked(NamedTuple):
-    """A request on the way, and when it is overdue by the loop's clock."""
+@dataclass(slots=True)
+class _Asked:
+    """A request that was sent, and when it is overdue by the loop's clock."""
 
+    tid: int
     unit: int
     answer: asyncio.Future[bytes]
+    sent_s: float
     due_s: float
     timeout_s: float
+
+    @property
+    def free_s(self) -> float:
+        """When a gateway is taken to be done with it at the latest, if no answer comes."""
+        return self.due_s + self.timeout_s
 
 
 class _Wire(asyncio.Protocol):
     """One TCP connection. Frames are cut by pymodbus's framer; whatever is no frame ends the connection.
 
-    Requests take turns, since many a gateway minds more than one at a time. A turn ends with the answer, or
-    after TURN_S so that a silent unit does not hold up its neighbours; one that was silent last time has none.
-    A frame that stays in pieces ends the connection too: the next answer's bytes would complete it. And so does
-    silence to MUTE requests in a row.
+    Requests take turns. A turn lasts until the answer or the time-out, which begins when the request is sent; while
+    an earlier request that was given up may still occupy a gateway, it begins when that one's late answer comes, or
+    one more time-out has passed. A frame that stays in pieces ends the connection: the next answer's bytes would
+    complete it. And so does silence to MUTE requests in a row.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, probes: Probes) -> None:
         self.open = False
+        self._probes = probes
         self._framer = FramerSocket(DecodePDU(is_server=False))
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._buffer = b""
         self._tid = 0
-        self._waiting: dict[int, _Asked] = {}
+        self._asked: _Asked | None = None
+        self._late: dict[int, _Asked] = {}
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_s = 0.0
-        self._holder = 0
-        self._held_since = 0.0
-        self._queue: deque[asyncio.Future[bool]] = deque()
-        self._silent: set[int] = set()
+        self._busy = False
+        self._queue: deque[asyncio.Future[None]] = deque()
         self._unanswered = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -183,101 +199,108 @@ class _Wire(asyncio.Protocol):
         self._buffer = buffer
 
     def _begins_an_answer(self, data: bytes) -> bool:
-        """Tell whether what should complete a frame looks like the beginning of another request's answer."""
-        partial = int.from_bytes(self._buffer[:2], "big") if len(self._buffer) > 1 else None
-        return any(
-            tid != partial
-            and (struct.pack(">HH", tid, 0) + data[4:6] + bytes((unit,))).startswith(data[:_HEADER])
-            for tid, (unit, *_) in self._waiting.items()
-        )
+        """Tell whether what should complete a frame looks like the beginning of the awaited answer."""
+        asked = self._asked
+        if asked is None or (len(self._buffer) > 1 and int.from_bytes(self._buffer[:2], "big") == asked.tid):
+            return False
+        head = struct.pack(">HH", asked.tid, 0) + data[4:6] + bytes((asked.unit,))
+        return head.startswith(data[:_HEADER])
 
     def _answered(self, tid: int, unit: int, pdu: bytes) -> None:
-        asked = self._waiting.get(tid)
-        if asked is None or asked.answer.done():
-            return  # its request was given up: it answers nothing any more
-        if unit != asked.unit:
+        asked = self._asked
+        if asked is None or asked.tid != tid:
+            self._answered_late(tid)
+        elif asked.answer.done():
+            return
+        elif unit != asked.unit:
             wrong = f"unit {unit} answered; expected {asked.unit}"
             asked.answer.set_exception(BadAnswer("wrong-unit", wrong))
         else:
             asked.answer.set_result(pdu)
 
-    async def call(self, unit: int, pdu: bytes, timeout_s: float) -> bytes:
-        if self._holder:
-            await self._turn()
-        if not self.open or self._transport is None:
-            self._pass_on()
-            raise NotSent("connection-lost", "the connection is gone; a new one is being tried")
-        self._tid = tid = self._tid % 0xFFFF + 1
-        if tid in self._waiting:
-            self._pass_on()
-            raise NoAnswer("overrun", "65535 requests are on the way")
-        answer: asyncio.Future[bytes] = self._loop.create_future()
+    def _answered_late(self, tid: int) -> None:
+        """Begin the awaited request's time-out now: the one before it no longer occupies a gateway."""
+        late = self._late.pop(tid, None)
+        if late is None:
+            return
         now_s = self._loop.time()
-        self._waiting[tid] = _Asked(unit, answer, now_s + timeout_s, timeout_s)
-        if self._alarm is None or now_s + timeout_s < self._alarm_s:
-            self._set_alarm(now_s + timeout_s)
-        if unit in self._silent:
-            self._pass_on()
-        else:
-            self._holder = tid
-            self._held_since = now_s
+        self._probes.freed(late.unit, now_s, late.sent_s)
+        if self._asked is not None:
+            self._asked.due_s = self._free_s(now_s) + self._asked.timeout_s
+            self._set_alarm(self._asked.due_s)
+
+    def _free_s(self, now_s: float) -> float:
+        """Return when earlier requests occupy a gateway no more: now, if all were answered."""
+        if not self._late:
+            return now_s
+        self._late = {tid: late for tid, late in self._late.items() if late.free_s > now_s}
+        return max((late.free_s for late in self._late.values()), default=now_s)
+
+    async def call(self, unit: int, pdu: bytes, timeout_s: float) -> bytes:
+        if self._busy:
+            await self._turn()
+        self._busy = True
         try:
+            if not self.open or self._transport is None:
+                raise NotSent("connection-lost", "the connection is gone; a new one is being tried")
+            self._tid = tid = self._tid % 0xFFFF + 1
+            now_s = self._loop.time()
+            due_s = self._free_s(now_s) + timeout_s
+            self._asked = asked = _Asked(tid, unit, self._loop.create_future(), now_s, due_s, timeout_s)
+            if self._alarm is None or due_s < self._alarm_s:
+                self._set_alarm(due_s)
             self._transport.write(self._framer.encode(pdu, unit, tid))
-            got = await answer
-            self._silent.discard(unit)
+            try:
+                got = await asked.answer
+            except (NoAnswer, asyncio.CancelledError):
+                self._late[tid] = asked
+                raise
+            self._probes.heard(unit, got, self._loop.time(), now_s)
             return got
         finally:
-            del self._waiting[tid]
-            if self._holder == tid:
-                self._pass_on()
+            self._asked = None
+            self._pass_on()
 
     async def _turn(self) -> None:
-        """Wait until the turn is handed over, or whoever holds it has held it long enough."""
-        while self._holder and (left_s := self._held_since + TURN_S - self._loop.time()) > 0:
-            mine: asyncio.Future[bool] = self._loop.create_future()
-            self._queue.append(mine)
-            timer = self._loop.call_later(left_s, _wake, mine)
-            try:
-                if await mine:
-                    return
-            except asyncio.CancelledError:
-                if not mine.cancelled() and mine.result():
-                    self._pass_on()
-                raise
-            finally:
-                timer.cancel()
+        """Wait until the turn is handed over."""
+        mine: asyncio.Future[None] = self._loop.create_future()
+        self._queue.append(mine)
+        try:
+            await mine
+        except asyncio.CancelledError:
+            if not mine.cancelled():
+                self._pass_on()
+            raise
 
     def _pass_on(self) -> None:
         """Hand the turn to the next in the queue; nobody who comes meanwhile can take it."""
-        self._holder = 0
         while self._queue:
             following = self._queue.popleft()
             if not following.done():
-                self._holder = _HANDED_OVER
-                self._held_since = self._loop.time()
-                following.set_result(True)
+                following.set_result(None)
                 return
+        self._busy = False
 
     def _set_alarm(self, at_s: float) -> None:
-        """Look for what is overdue then: one timer for the wire, since one for each request costs 3 % of all."""
+        """Check then what is overdue: one timer for the wire, since one for each request costs 3 % of all."""
         if self._alarm is not None:
             self._alarm.cancel()
-        self._alarm, self._alarm_s = self._loop.call_at(at_s, self._look), at_s
+        self._alarm, self._alarm_s = self._loop.call_at(at_s, self._check_due), at_s
 
-    def _look(self) -> None:
+    def _check_due(self) -> None:
         self._alarm = None
-        now_s = self._loop.time()
-        for unit, answer, due_s, timeout_s in list(self._waiting.values()):
-            if due_s <= now_s and not answer.done():
-                self._expire(unit, answer, timeout_s)
-        later = [asked.due_s for asked in self._waiting.values() if asked.due_s > now_s]
-        if later:
-            self._set_alarm(min(later))
+        asked = self._asked
+        if asked is None or asked.answer.done():
+            return
+        if asked.due_s <= self._loop.time():
+            self._expire(asked)
+        else:
+            self._set_alarm(asked.due_s)
 
-    def _expire(self, unit: int, answer: asyncio.Future[bytes], timeout_s: float) -> None:
-        self._silent.add(unit)
+    def _expire(self, asked: _Asked) -> None:
         self._unanswered += 1
-        answer.set_exception(NoAnswer("timeout", f"no answer in {timeout_s} s"))
+        self._probes.failed(asked.unit, "timeout", self._loop.time(), asked.sent_s)
+        asked.answer.set_exception(NoAnswer("timeout", f"no answer in {asked.timeout_s} s"))
         if self._buffer:
             self.fail(Spoilt("garbage", "an answer ended in the middle"))
         elif self._unanswered >= MUTE:
@@ -290,7 +313,7 @@ class _Wire(asyncio.Protocol):
             self.fail(NotConnected("timeout", "nothing is taken any more; the connection is made anew"))
 
     def fail(self, error: DeviceError) -> None:
-        """End the connection, with what it has not delivered; every request on the way gets the error."""
+        """End the connection, with what it has not delivered; the request on the way gets the error."""
         self.open = False
         if self._alarm is not None:
             self._alarm.cancel()
@@ -298,15 +321,8 @@ class _Wire(asyncio.Protocol):
         if self._transport is not None:
             delivery.discard(self._transport)
             self._transport.abort()
-        for asked in self._waiting.values():
-            if not asked.answer.done():
-                asked.answer.set_exception(error)
-
-
-def _wake(waiting: asyncio.Future[bool]) -> None:
-    """Let one who waits look again; the turn is not handed over."""
-    if not waiting.done():
-        waiting.set_result(False)
+        if self._asked is not None and not self._asked.answer.done():
+            self._asked.answer.set_exception(error)
 
 
 class _RawRequest(ModbusPDU):
@@ -349,6 +365,8 @@ class RtuTransport:
         self._client: Any = None
         self._turn = asyncio.Lock()
         self._late_until: dict[int, float] = {}
+        self._probes = Probes()
+        self._loop = asyncio.get_running_loop()
 
     @property
     def connected(self) -> bool:
@@ -373,29 +391,35 @@ class RtuTransport:
 
     async def call(self, unit: int, pdu: bytes, timeout_s: float) -> bytes:
         """Send a request PDU and return the PDU that answers it; raise DeviceError."""
-        loop = asyncio.get_running_loop()
-        if (late_s := self._late_until.get(unit, 0.0) - loop.time()) > 0:
+        if (late_s := self._late_until.get(unit, 0.0) - self._loop.time()) > 0:
             await asyncio.sleep(late_s)
         async with self._turn:
             client = self._client
             if client is None or not client.connected:
                 raise NotSent("not-connected", "no connection")
             client.ctx.comm_params.timeout_connect = timeout_s
+            sent_s = self._loop.time()
             response: Any = None
             try:
                 response = await client.execute(False, _RawRequest(unit, pdu))
                 _still_wanted()
             except ModbusException as error:
                 if "No response" in str(error):
+                    self._probes.failed(unit, "timeout", self._loop.time(), sent_s)
                     raise NoAnswer("timeout", f"no answer in {timeout_s} s") from None
                 raise BadAnswer("garbage", str(error).lower()) from None
             finally:
                 if response is None:
-                    self._late_until[unit] = loop.time() + timeout_s
+                    self._late_until[unit] = self._loop.time() + timeout_s
                     self.close()
-            if response.isError():
-                return bytes((response.function_code, response.exception_code))
-            return bytes((response.function_code,)) + bytes(response.body)
+            rest = (response.exception_code,) if response.isError() else response.body
+            got = bytes((response.function_code,)) + bytes(rest)
+            self._probes.heard(unit, got, self._loop.time(), sent_s)
+            return got
+
+    def check(self, unit: int) -> None:
+        """Return if a unit may be read now; raise NoAnswer if it is failing and would delay its neighbours."""
+        self._probes.check(unit, self._loop.time())
 
     def close(self) -> None:
         """Close the connection; what is on the way raises NotConnected."""

@@ -25,7 +25,7 @@ from edgegw import clock
 from edgegw.drivers import delivery
 from edgegw.drivers.opcua import failures, request, values, wire, writing
 from edgegw.drivers.opcua.block import Block, joined
-from edgegw.errors import BadAnswer, DeviceError, NoAnswer, NotConnected
+from edgegw.errors import BadAnswer, DeviceError, NoAnswer, NotConnected, Refused
 
 PORT = 4840
 """The port of OPC UA, for a URL without one."""
@@ -109,6 +109,14 @@ class Connection:
             (data_type,) = await self.read([node], AttributeIds.DataType)
             self._types[node] = writing.node_type(value, data_type)
         return self._types[node]
+
+    async def learn_types(self, nodes: Sequence[ua.NodeId]) -> dict[ua.NodeId, ua.VariantType]:
+        """Return the types of those nodes that can be written, asked for together; raise DeviceError."""
+        found = zip(nodes, await self.read(nodes), await self.read(nodes, AttributeIds.DataType), strict=True)
+        for node, value, data_type in found:
+            with contextlib.suppress(Refused):  # a write says why
+                self._types[node] = writing.node_type(value, data_type)
+        return self._types
 
     async def write(self, node: ua.NodeId, value: ua.Variant) -> None:
         """Write a node's value, the one time that it is sent.

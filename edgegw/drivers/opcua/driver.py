@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -37,12 +37,19 @@ class OpcUaDriver:
 
     def __init__(self, name: str, config: OpcUaDevice, *, queue_most: int = QUEUE_MOST) -> None:
         self.period_s: float | None = config.every.s if config.mode == "poll" else None
+        self.on_connected: Callable[[], None] = lambda: None
         self._name = name
         self._config = config
         self._points = Points(name, config.tags)
         self._nodes = [
             request.encode_node(ua.NodeId.from_string(tag.address)) for tag in config.tags.values()
         ]
+        self._numbers = {
+            name: ua.NodeId.from_string(tag.address)
+            for name, tag in config.tags.items()
+            if tag.writable and (not tag.type or tag.type.startswith("float"))
+        }
+        self.held_types: Mapping[str, str] = {}
         self._where = f"device.{name} ({config.url})"
         self._queue_most = queue_most
         self._queue: deque[tuple[int, Block] | DeviceError] = deque()
@@ -175,10 +182,12 @@ class OpcUaDriver:
         connection = Connection(self._config.url, self._config.timeout.s)
         try:
             await connection.connect()
+            await self._learn(connection)
             if self.period_s is None:
                 await self._subscribe(connection)
             up_s = clock.mono_s()
             self._up(connection)
+            self.on_connected()
             error = await connection.lost()
             self._down(error)
         except DeviceError as failed:
@@ -189,6 +198,14 @@ class OpcUaDriver:
             await connection.close()
         if clock.mono_s() - up_s < RETRY_MOST_S:
             raise error
+
+    async def _learn(self, connection: Connection) -> None:
+        """Learn how finely the server holds what may be written, before anything is."""
+        if self._numbers:
+            types = await connection.learn_types(list(self._numbers.values()))
+            self.held_types = {
+                name: values.TYPES[types[node]] for name, node in self._numbers.items() if node in types
+            }
 
     async def _subscribe(self, connection: Connection) -> None:
         def published(block: Block) -> None:
