@@ -70,11 +70,12 @@ def device(port: int, unit: int = 1, every: str = "50ms", **more: Any) -> dict[s
     return base | {"tags": TAGS} | more
 
 
-def gateway(folder: Path, configuration: dict[str, Any], *prefix: str) -> Process:
-    """Start `edgegw run` in a folder, perhaps under another program."""
+def gateway(folder: Path, configuration: dict[str, Any], *prefix: str, program: str = "") -> Process:
+    """Start `edgegw run` in a folder, perhaps under another program, or by a Python program of the test's own."""
     path = folder / "config.toml"
     path.write_text(toml(configuration))
-    return Process(*prefix, sys.executable, "-m", "edgegw", "run", "-c", str(path))
+    start = ("-c", program) if program else ("-m", "edgegw")
+    return Process(*prefix, sys.executable, *start, "run", "-c", str(path))
 
 
 async def until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> None:

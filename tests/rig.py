@@ -132,6 +132,7 @@ def mosquitto(folder: Path, port: int, extra: str = "allow_anonymous true") -> I
     )
     with Process(MOSQUITTO, "-c", str(config)) as broker:
         broker.wait_said("running")
+        wait_for_port(port)
         yield broker
 
 

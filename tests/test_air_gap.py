@@ -15,7 +15,7 @@ import pytest
 from chains import Chain
 from command_rig import Run, run
 from field import field
-from gateway_rig import config, device, gateway, journal_head, toml, until
+from gateway_rig import Subscriber, config, device, gateway, journal_head, toml, until
 from journal_rig import MIB, Hand, Told, covered, event, kept, scan
 from journal_rig import config as journal_config
 from rig import MOSQUITTO, Process, free_port, mosquitto, receive
@@ -282,7 +282,7 @@ async def test_a_running_gateway_prunes_and_knows_what_was_exported(tmp_path: Pa
                 run, "journal", "export", tmp_path / "x", *configuration
             )
             assert (code, errors) == (0, "")
-            with mosquitto(tmp_path, port):
+            with mosquitto(tmp_path, port), Subscriber(port):
                 await until(lambda: meter.counts[1] > 60, "scans while the backlog goes")
                 for _ in range(100):  # live batches are acknowledged first
                     code, _, _ = await asyncio.to_thread(run, "journal", "prune", "--json", *configuration)

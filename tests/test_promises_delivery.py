@@ -141,10 +141,16 @@ class MeanBroker:
         self.cut_after = cut_after
         self.publishes: list[tuple[bytes, bytes]] = []
         self.connections = 0
-        self.port = 0
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    def hang_up(self) -> None:
+        """End what connections there are."""
+        for writer in self._writers:
+            writer.close()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self._writers.add(writer)
         mine = 0
         try:
             while True:
@@ -197,6 +203,7 @@ async def test_p2_cut_between_publish_and_puback_comes_again_as_the_same_bytes(
     with gateway(tmp_path, made) as run:
         await until(lambda: mean.connections >= 4, "connections")
         server.close()
+        mean.hang_up()
         with mosquitto(tmp_path, port), Subscriber(port) as seen:
             await until(lambda: len(seen.batches("data")) >= 3, "live batches")
             mean_batches = [p for topic, p in mean.publishes if not topic.endswith(b"status")]

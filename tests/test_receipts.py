@@ -31,7 +31,7 @@ from edgegw.journal.journal import Journal
 from edgegw.receiver import receipts as owed
 from edgegw.receiver.dedupe import Key
 from edgegw.uplink import receipts
-from edgegw.uplink.receipts import Receipts
+from edgegw.uplink.receipts import ASIDE_S, MAX_RESENDS, Receipts
 
 ONCE = ("--once", "--idle", "700ms", "--json")
 ACK, DATA = "edgegw/site-7/ack", "edgegw/site-7/data"
@@ -83,11 +83,13 @@ class Wait:
     def confirmed(self, *batches: int) -> None:
         self.of.confirmed(Ranges((10 * n + 1, 10 * n + 10) for n in batches), self.now_s)
 
-    def at(self, now_s: float) -> list[tuple[int, int]] | str | None:
+    def at(self, now_s: float) -> Any:
         """Look once a second until then; return what was overdue first."""
         while self.now_s < now_s:
             self.now_s += 1.0
             if (overdue := self.of.due(Ranges(), self.now_s)) is not None:
+                if overdue.aside:
+                    return "aside", list(overdue.aside)
                 return "probe" if overdue.probe else list(overdue.ranges)
         return None
 
@@ -135,20 +137,42 @@ def test_while_no_receipt_comes_there_is_a_probe_now_and_then_and_nothing_else()
     assert wait.at(wait.now_s + 1) == "probe", "the normal pace"
 
 
-def test_what_is_never_confirmed_is_sent_again_at_longer_and_longer_times() -> None:
+def test_what_is_never_confirmed_is_sent_again_a_few_times_and_then_tried_once_an_hour() -> None:
     wait = Wait()
     wait.taken(0)
-    times = []
-    for n in range(1, 4000):
+    found: list[tuple[float, Any]] = []
+    for n in range(1, 16000):
         wait.taken(n)
         wait.confirmed(n)
         if (overdue := wait.at(wait.now_s + 1)) is not None:
-            assert overdue == [(1, 10)]
-            times.append(wait.now_s)
+            found.append((wait.now_s, overdue))
             wait.taken(0)
-    waits = [b - a for a, b in itertools.pairwise(times)]
+        assert wait.of.awaited.covers(1, 10), "it stays awaited: a new connection does not send it again"
+    resent, (_, aside), *tries = found[:MAX_RESENDS], found[MAX_RESENDS], *found[MAX_RESENDS + 1 :]
+    assert [overdue for _, overdue in resent] == [[(1, 10)]] * MAX_RESENDS
+    waits = [b - a for a, b in itertools.pairwise([at for at, _ in found[: MAX_RESENDS + 1]])]
     assert waits == sorted(waits)
-    assert 600 <= waits[-1] <= 1300, waits
+    assert aside == ("aside", [(1, 10)])
+    assert {overdue for _, overdue in tries} == {"probe"}
+    assert [b - a for a, b in itertools.pairwise([at for at, _ in tries])] == [ASIDE_S] * (len(tries) - 1)
+    assert len(tries) >= 3
+
+
+def test_a_receipt_for_one_that_was_held_aside_frees_the_others() -> None:
+    wait = Wait()
+    wait.taken(0, 1)
+    n = 1
+    while (overdue := wait.at(wait.now_s + 1)) is None or overdue[0] != "aside":
+        if overdue is not None:
+            wait.taken(0, 1)
+        n += 1
+        wait.taken(n)
+        wait.confirmed(n)
+    wait.taken(0)
+    assert wait.at(wait.now_s + 100) is None, "it is held aside"
+    wait.confirmed(0)
+    assert wait.at(wait.now_s + 1) == [(11, 20)]
+    assert not wait.of.awaited
 
 
 def test_the_backlog_waits_when_enough_of_it_has_no_receipt() -> None:

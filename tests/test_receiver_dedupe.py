@@ -113,22 +113,22 @@ def test_a_hole_is_said_when_it_lasts_and_when_it_is_filled() -> None:
     watch, stream = HoleWatch(), Stream()
     stream.keep(1, 1)
     stream.keep(4, 1)
-    assert watch.line(stream, 10.0) is None
-    assert watch.line(stream, 10.0 + SETTLE_S) == "missing so far: 2-3"
-    assert watch.line(stream, 20.0) is None
+    assert watch.line(stream.missing(), stream.head, 10.0) is None
+    assert watch.line(stream.missing(), stream.head, 10.0 + SETTLE_S) == "missing so far: 2-3"
+    assert watch.line(stream.missing(), stream.head, 20.0) is None
     stream.keep(2, 2)
-    assert watch.line(stream, 21.0) == "complete up to 4"
+    assert watch.line(stream.missing(), stream.head, 21.0) == "complete up to 4"
     assert not watch.open
-    assert watch.line(stream, 22.0) is None
+    assert watch.line(stream.missing(), stream.head, 22.0) is None
 
 
 def test_a_hole_that_is_filled_at_once_is_not_worth_a_line() -> None:
     watch, stream = HoleWatch(), Stream()
     stream.keep(2, 1)
-    assert watch.line(stream, 10.0) is None
+    assert watch.line(stream.missing(), stream.head, 10.0) is None
     assert watch.open
     stream.keep(1, 1)
-    assert watch.line(stream, 11.0) is None
+    assert watch.line(stream.missing(), stream.head, 11.0) is None
 
 
 def test_ranges_are_spelt_as_people_read_them() -> None:

@@ -201,7 +201,7 @@ def test_the_tables_of_a_summary_that_begins_where_a_batch_does(tmp_path: Path) 
     }
     assert intake.report().streams[0].as_json() | {"gateway": "", "stream": ""} == {
         "gateway": "", "stream": "", "head": 6, "batches": 4, "records": 6, "readings": 4, "events": 0,
-        "duplicates": 1, "conflicts": 0, "missing": [], "gaps": [], "thinned": [],
+        "duplicates": 1, "conflicts": 0, "begins": 1, "missing": [], "elsewhere": {}, "gaps": [], "thinned": [],
         "chain": {"verified": True, "broken_at": []}, "ok": True,
     }  # fmt: skip
     kept.close()

@@ -172,16 +172,6 @@ async def test_a_small_receive_maximum_is_kept_to(tmp_path: Path, meter: Field) 
             await stopped(run)
 
 
-async def test_a_batch_larger_than_the_broker_takes_stays_and_is_said(tmp_path: Path, meter: Field) -> None:
-    port = free_port()
-    made = config(port, {"m": device(meter.port, every="2ms")}, journal={"commit_interval": "1s"})
-    broker = mosquitto(tmp_path, port, "allow_anonymous true\nmax_packet_size 4096")
-    with broker, Subscriber(port), gateway(tmp_path, made) as run:
-        await until(lambda: run.said("takes messages of 4096 bytes at most"), "the hint")
-        assert not run.said("records stay in the journal"), "the broker hung up on a message too large"
-        await stopped(run)
-
-
 @needs_mosquitto
 async def test_two_gateways_of_one_id_do_not_crash(tmp_path: Path, meter: Field) -> None:
     port = free_port()

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from uuid import uuid4
 
 import click
 
@@ -18,6 +19,7 @@ from edgegw.receiver.corrector import Correctable, Corrector
 from edgegw.receiver.intake import Intake
 from edgegw.receiver.receipts import Receipts
 from edgegw.receiver.report import Report
+from edgegw.receiver.requests import Requests
 from edgegw.receiver.sink import Sink
 from edgegw.runtime.stop import Stop
 
@@ -73,6 +75,15 @@ def _duration(ctx: click.Context, param: click.Parameter, value: str) -> Duratio
     "--no-ack", is_flag=True, help="Send no receipts on TOPIC/ack: for a receiver that only watches."
 )
 @click.option(
+    "--no-replay",
+    is_flag=True,
+    help="Do not ask gateways, on TOPIC/cmd, to send again what is missing.",
+)
+@click.option(
+    "--from-here", is_flag=True,
+    help="Streams that --to does not hold yet count from the first batch that comes: nothing before it is missing.",
+)  # fmt: skip
+@click.option(
     "--correct-time", is_flag=True,
     help="Correct the times of records of an unsynchronised clock, once the right time is known; without --url "
     "only what --to holds.",
@@ -95,6 +106,8 @@ def command(
     password_file: Path | None,
     ca_file: Path | None,
     no_ack: bool,
+    no_replay: bool,
+    from_here: bool,
     correct_time: bool,
     as_json: bool,
 ) -> None:
@@ -102,9 +115,16 @@ def command(
 
     Batches may come in any order, on any topic and any number of times; a message is confirmed to the broker
     only when what it holds is on disk, so this may be stopped or killed at any moment and started again.
-    Without --once it runs until it is interrupted. For gateways that wait for it (`acknowledge = "receiver"`) it
-    confirms on TOPIC/ack what is kept. With --correct-time the tables' times are moved where a gateway's clock
-    was not synchronised and what it should have said is known; what was done stands in the table corrections.
+    Without --once it runs until it is interrupted. It confirms on TOPIC/ack what is stored, and from the first such
+    receipt on gateways keep each batch until it is (`acknowledge = "auto"`).
+
+    What is missing, also from before its first start, is requested from the gateways on TOPIC/cmd once nothing of it
+    has come for a while (with --once: before the end); they send what they still keep. Where the broker does not allow
+    that, it says so and goes on. With --to - nothing is known of earlier runs: nothing is requested, and each stream
+    counts from the first batch that comes.
+
+    With --correct-time the tables' times are moved where a gateway's clock was not synchronised and what it should have
+    said is known; what was done stands in the table corrections.
 
     A report is printed with --once, --report or --json (to standard error if the records go to standard
     output). The exit code is then 1 if a record is missing and named by no gap event, if two batches are in
@@ -144,9 +164,14 @@ def command(
     stop = Stop(signal.SIGINT, signal.SIGTERM)
     sink = target.open_sink(to)
     try:
-        lasts = to != target.STDOUT and not no_ack
-        corrector = _corrector(sink) if correct_time else None
-        intake = Intake(sink, receipts=Receipts() if lasts else None, corrector=corrector)
+        lasts = to != target.STDOUT
+        intake = Intake(
+            sink,
+            receipts=Receipts() if lasts and not no_ack else None,
+            requests=Requests(lambda: f"receive-{uuid4().hex}") if lasts and not no_replay else None,
+            corrector=_corrector(sink) if correct_time else None,
+            from_here=from_here or not lasts,
+        )
         protocols = list(Protocol) if protocol == "auto" else [Protocol(protocol)]
         Receiver(broker, intake, stop, idle.s if once else None, protocols).run()
         if once or as_json:

@@ -105,7 +105,7 @@ class Uplink(Model):
     max_message: Size = Size(128 * 1024)
     inflight: int = Field(32, ge=1, le=1000)
     compression: Literal["none", "zstd"] = "none"
-    acknowledge: Literal["broker", "subscriber", "receiver"] = "broker"
+    acknowledge: Literal["auto", "broker", "subscriber", "receiver"] = "auto"
     reconnect_jitter: Duration = Duration(5_000)
     island_after: Duration = Duration(30_000)
     hand_back: Literal["release", "hold"] = "release"

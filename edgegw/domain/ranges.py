@@ -67,6 +67,14 @@ class Ranges:
             first = self._lasts[at] + 1
             at += 1
 
+    def common(self, other: "Ranges") -> "Ranges":
+        """Return what is in both sets."""
+        both = self.copy()
+        for first, last in self:
+            for gap in other.gaps(first, last):
+                both.remove(*gap)
+        return both
+
     def prefix(self) -> int:
         """Return the greatest n for which 1 to n are all in the set, 0 if 1 is not."""
         if self._firsts and self._firsts[0] <= 1:

@@ -1,7 +1,5 @@
 """What is worth a line while batches come in: transitions, and what repeats no more often than it must."""
 
-from edgegw.receiver.dedupe import Stream
-
 EVERY_S = 30.0
 """The least time between two lines about the same kind of trouble."""
 SETTLE_S = 2.0
@@ -43,12 +41,11 @@ class HoleWatch:
         """Whether the stream had a hole when it was last looked at."""
         return self._since_s is not None
 
-    def line(self, stream: Stream, now_s: float) -> str | None:
+    def line(self, missing: list[tuple[int, int]], head: int, now_s: float) -> str | None:
         """Return the line that a stream's state is worth now, if any."""
-        missing = stream.missing()
         if not missing:
             said, self._said, self._since_s = self._said, False, None
-            return f"complete up to {stream.head}" if said else None
+            return f"complete up to {head}" if said else None
         if self._since_s is None:
             self._since_s = now_s
         if self._said or now_s - self._since_s < SETTLE_S:

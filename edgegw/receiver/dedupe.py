@@ -68,9 +68,10 @@ class Verdict(Enum):
 class Stream:
     """One stream as received so far."""
 
-    __slots__ = ("gaps", "named", "received", "recorded")
+    __slots__ = ("begins", "gaps", "named", "received", "recorded")
 
     def __init__(self) -> None:
+        self.begins = 1
         self.received = Ranges()
         self.recorded = Ranges()
         self.named = Ranges()
@@ -119,6 +120,12 @@ class Stream:
         if not gap.thinned:
             self.named.add(gap.first, gap.last)
         return True
+
+    def begin(self, seq: int) -> None:
+        """Expect nothing before a seq."""
+        self.begins = seq
+        if seq > 1:
+            self.named.add(1, seq - 1)
 
     @property
     def head(self) -> int:

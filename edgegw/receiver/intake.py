@@ -5,12 +5,14 @@ from collections import Counter
 from collections.abc import Callable
 
 from edgegw.clock import mono_s, wall_ms
-from edgegw.domain.batch import Kind
+from edgegw.domain.batch import ChainReport, Gap, Kind
+from edgegw.domain.ranges import Ranges
 from edgegw.receiver.announce import HoleWatch, Throttle
 from edgegw.receiver.corrector import Corrector
 from edgegw.receiver.dedupe import Key, Stream, Verdict
 from edgegw.receiver.receipts import Receipts
 from edgegw.receiver.report import Report, StreamReport, chain_of
+from edgegw.receiver.requests import Requests
 from edgegw.receiver.sink import Figures, Sink
 from edgegw.receiver.wire import Batch, MalformedError, read, read_gap
 
@@ -24,7 +26,8 @@ class Intake:
     """Everything between a payload and the sink; it knows nothing of MQTT.
 
     A message may be confirmed to its sender once `commit` has returned after `take`. With `receipts` it
-    collects what to confirm to the gateways, with a `corrector` it has the times corrected.
+    collects what to confirm to the gateways, with `requests` it asks them for what is missing, with a `corrector` it
+    has the times corrected. With `from_here` a stream that is new counts from the first batch that comes.
     """
 
     def __init__(
@@ -33,13 +36,18 @@ class Intake:
         now_s: Callable[[], float] = mono_s,
         *,
         receipts: Receipts | None = None,
+        requests: Requests | None = None,
         corrector: Corrector | None = None,
+        from_here: bool = False,
     ) -> None:
         self._sink = sink
         self._now_s = now_s
         self._receipts = receipts
+        self._requests = requests
+        self._from_here = from_here
         self._corrector = corrector
         self._streams: dict[Key, Stream] = {}
+        self._names: dict[str, list[Key]] = {}  # of each stream, all that its gateway was called
         self._holes: dict[Key, HoleWatch] = {}
         self._duplicates: Counter[Key] = Counter()
         self._touched: set[Key] = set()
@@ -50,13 +58,44 @@ class Intake:
             self._stream(span.key).keep(span.seq, span.count)
         for key, gap in sink.gaps():
             self._stream(key).name(gap)
+        for key, seq in sink.beginnings():
+            self._stream(key).begin(seq)
+        if from_here:
+            for key, stream in self._streams.items():
+                if stream.received and stream.begins == 1:
+                    self._begin(key, next(iter(stream.received))[0])
+            sink.commit()
 
     def _stream(self, key: Key) -> Stream:
-        return self._streams.setdefault(key, Stream())
+        if key not in self._streams:
+            self._streams[key] = Stream()
+            self._names.setdefault(key.stream, []).append(key)
+        return self._streams[key]
+
+    def _begin(self, key: Key, seq: int) -> None:
+        if seq > 1:
+            self._sink.begin(key, seq)
+            self._streams[key].begin(seq)
+            _log.info("%s: begins with %d; nothing before is expected", key, seq)
+
+    def _elsewhere(self, key: Key) -> dict[str, Ranges]:
+        """Return what came of a stream under other names of its gateway."""
+        return {name.gateway: self._streams[name].received for name in self._names[key.stream] if name != key}
+
+    def _missing(self, key: Key) -> list[tuple[int, int]]:
+        """Return what is missing of a stream, under whatever name of its gateway."""
+        missing = Ranges(self._streams[key].missing())
+        for received in self._elsewhere(key).values():
+            for seqs in received:
+                missing.remove(*seqs)
+        return list(missing)
 
     def take(self, topic: str, payload: bytes) -> bool:
         """Take one message in; tell whether it brought anything new."""
-        if topic.rpartition("/")[2] not in BATCH_TOPICS:
+        level = topic.rpartition("/")[2]
+        if level == "reply" and self._requests is not None:
+            self._requests.reply(payload, self._now_s())
+        if level not in BATCH_TOPICS:
             return False
         try:
             batch = read(payload)
@@ -70,6 +109,10 @@ class Intake:
         key, stream = batch.key, self._stream(batch.key)
         if self._receipts is not None:
             self._receipts.came(key, topic, batch.seq, batch.last)
+        if self._requests is not None:
+            self._requests.came(key, topic, self._now_s())
+        if self._from_here and not stream.received:
+            self._begin(key, batch.seq)
         verdict = stream.judge(batch.outline, lambda: self._sink.kept(key, batch.seq, batch.last))
         if verdict is Verdict.DUPLICATE:
             self._duplicates[key] += 1
@@ -127,6 +170,15 @@ class Intake:
             return []
         return self._receipts.due(lambda key: self._streams[key].received, self._now_s(), at_once=at_once)
 
+    def requests(self, *, at_once: bool = False) -> list[tuple[str, bytes]]:
+        """Return the commands that ask for what is missing, each with its topic; `at_once`: nothing more comes."""
+        if self._requests is None:
+            return []
+        commands = self._requests.due(self._missing, self._now_s(), at_once=at_once)
+        while self._requests.lines:
+            _log.info("%s", self._requests.lines.pop(0))
+        return commands
+
     def watch(self) -> None:
         """Say, at most once a second, which streams have had holes for a while, and which no longer have."""
         now_s = self._now_s()
@@ -135,7 +187,7 @@ class Intake:
         self._watch_s = now_s + 1.0
         for key in list(self._touched):
             watch = self._holes.setdefault(key, HoleWatch())
-            line = watch.line(self._streams[key], now_s)
+            line = watch.line(self._missing(key), self._streams[key].head, now_s)
             if line:
                 _log.warning("%s: %s", key, line)
             if not watch.open:
@@ -153,9 +205,24 @@ class Intake:
                     kept=figures.get(key, Figures(0, 0, 0, 0)),
                     head=stream.head,
                     duplicates=self._duplicates[key],
-                    missing=stream.missing(),
+                    missing=self._missing(key),
                     gaps=stream.gaps,
-                    chain=chain_of(self._sink.links(key), stream.gaps),
+                    chain=self._chain(key, stream),
+                    begins=stream.begins,
+                    elsewhere=self._filled_elsewhere(key, stream),
                 )
             )
         return Report(streams, self._malformed)
+
+    def _filled_elsewhere(self, key: Key, stream: Stream) -> dict[str, list[tuple[int, int]]]:
+        """Return what is missing under this name and came under another one."""
+        missing = Ranges(stream.missing())
+        filled = {name: missing.common(received) for name, received in self._elsewhere(key).items()}
+        return {name: list(ranges) for name, ranges in filled.items() if ranges}
+
+    def _chain(self, key: Key, stream: Stream) -> ChainReport:
+        """Verify a chain; across what is not expected, or came under another name, it is taken on trust."""
+        unverified = [Gap(1, stream.begins - 1, None)] if stream.begins > 1 else []
+        for ranges in self._filled_elsewhere(key, stream).values():
+            unverified += [Gap(first, last, None) for first, last in ranges]
+        return chain_of(self._sink.links(key), stream.gaps, unverified)

@@ -24,12 +24,17 @@ WAIT_S = 0.2
 """How long a turn waits for the broker: the most that a signal to stop goes unnoticed."""
 STABLE_S = 20.0
 """How long a connection must have held, from its attempt, for the next to come without a wait."""
-RETRY_MAX_S = 30.0
+RETRY_MAX_S = 5.0
+"""The longest pause between two attempts: no longer than a gateway's, which sends its backlog as soon as it is back."""
 GIVE_UP_S = 60.0
 """How long to go without a broker where an end was asked for."""
 SAY_S = 30.0
 REFUSED_S = 600.0
-"""How long no receipts are sent after the broker refused one."""
+"""How long no receipts, or no commands, are sent after the broker refused one."""
+_REFUSED = {
+    "ack": "does not let us publish receipts: %s; gateways that wait for them will send again and again",
+    "cmd": "does not let us publish commands: %s; what is missing is not requested",
+}
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +95,7 @@ class Receiver:
         self._outage = _Outage()
         self._five_spoken = False
         self._ready_said = False
-        self._receipts_from_s = 0.0
+        self._blocked_until_s: dict[str, float] = {}
         self._uncommitted = 0
         self._uncommitted_bytes = 0
         self._unacknowledged: list[int] = []
@@ -143,17 +148,24 @@ class Receiver:
         try:
             self._open(connection, protocol)
             self._intake.reconnected()
-            while not (self._stop.is_set() or self._idle()):
+            while not (self._stop.is_set() or self._done(connection)):
                 self._turn(connection)
             self._commit(connection)
             self._send_receipts(connection, at_once=True)
         finally:
-            if connection.refused:
-                self._refused(connection.refused)
+            if connection.lost and "cmd" in connection.unconfirmed:
+                connection.refused.setdefault(
+                    "cmd", connection.lost
+                )  # some hang up on whoever may not publish
+            self._note_refusals(connection)
             connection.close()
 
-    def _idle(self) -> bool:
-        return self._idle_s is not None and not self._uncommitted and mono_s() - self._new_s >= self._idle_s
+    def _done(self, connection: Connection) -> bool:
+        """Tell whether an end was asked for, nothing new came for so long, and nothing is left to ask for."""
+        if self._idle_s is None or self._uncommitted or mono_s() - self._new_s < self._idle_s:
+            return False
+        self._new_s = mono_s()
+        return not self._request(connection, at_once=True)
 
     def _open(self, connection: Connection, protocol: Protocol) -> None:
         connection.connect()
@@ -194,26 +206,36 @@ class Receiver:
         if not arrived:
             self._intake.watch()
             self._send_receipts(connection)
+            self._request(connection)
         connection.check()
 
     def _send_receipts(self, connection: Connection, *, at_once: bool = False) -> None:
         """Confirm to the gateways what is kept for good, if it is time and the broker lets us."""
-        if connection.refused:
-            self._refused(connection.refused)
-            connection.refused = None
-        if self._uncommitted or not connection.can_publish or mono_s() < self._receipts_from_s:
+        self._note_refusals(connection)
+        if self._uncommitted or not self._may_publish(connection, "ack"):
             return
         for topic, payload in self._intake.receipts(at_once=at_once):
             connection.publish(topic, payload)
 
-    def _refused(self, why: str) -> None:
-        """Leave receipts be for a while: some brokers (mosquitto 2.0.11) hang up on whoever may not publish."""
-        if not self._receipts_from_s:
-            _log.warning(
-                "%s: does not let us publish receipts: %s; gateways that wait for them will send again and again",
-                self._broker.url, why,
-            )  # fmt: skip
-        self._receipts_from_s = mono_s() + REFUSED_S
+    def _request(self, connection: Connection, *, at_once: bool = False) -> bool:
+        """Ask the gateways for what is missing, if it is time and the broker lets us; tell whether that was done."""
+        if not self._may_publish(connection, "cmd"):
+            return False
+        commands = self._intake.requests(at_once=at_once)
+        for topic, payload in commands:
+            connection.publish(topic, payload)
+        return bool(commands)
+
+    def _may_publish(self, connection: Connection, level: str) -> bool:
+        return connection.can_publish and mono_s() >= self._blocked_until_s.get(level, 0.0)
+
+    def _note_refusals(self, connection: Connection) -> None:
+        """Publish no more of a kind for a while: some brokers (mosquitto 2.0.11) hang up on whoever may not."""
+        for level, why in connection.refused.items():
+            if level in _REFUSED and level not in self._blocked_until_s:
+                _log.warning("%s: " + _REFUSED[level], self._broker.url, why)
+            self._blocked_until_s[level] = mono_s() + REFUSED_S
+        connection.refused.clear()
 
     def _commit(self, connection: Connection) -> None:
         if self._uncommitted:

@@ -105,6 +105,12 @@ class NdjsonSink:
         written = self._written[batch.key]
         written.figures = written.figures._replace(conflicts=written.figures.conflicts + 1)
 
+    def beginnings(self) -> Iterable[tuple[Key, int]]:
+        return ()
+
+    def begin(self, key: Key, seq: int) -> None:
+        """Keep nothing: the next run begins anew."""
+
     def commit(self) -> None:
         try:
             self._out.flush()

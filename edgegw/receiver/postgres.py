@@ -42,6 +42,8 @@ _SCHEMA: tuple[LiteralString, ...] = (
     "CREATE TABLE IF NOT EXISTS conflicts (gateway text, stream text, seq bigint, count bigint NOT NULL,"
     " digest text, kind text NOT NULL, received_ts bigint NOT NULL, body text NOT NULL,"
     " PRIMARY KEY (gateway, stream, seq, digest))",
+    "CREATE TABLE IF NOT EXISTS beginnings (gateway text, stream text, seq bigint NOT NULL,"
+    " PRIMARY KEY (gateway, stream))",
     "CREATE INDEX IF NOT EXISTS batches_spans ON batches (gateway, stream, seq, count)",
     "CREATE INDEX IF NOT EXISTS events_names ON events (event)",
 )
@@ -184,6 +186,16 @@ class PostgresSink:
                 (*batch.key, batch.seq, batch.count, batch.digest.hex(), batch.kind.value, received_ms,
                  batch.body.decode()),
             )  # fmt: skip
+
+    def beginnings(self) -> Iterable[tuple[Key, int]]:
+        for gateway, stream, seq in self._rows("SELECT gateway, stream, seq FROM beginnings"):
+            yield Key(gateway, stream), seq
+
+    def begin(self, key: Key, seq: int) -> None:
+        with _naming_the_database():
+            self._conn.execute(
+                "INSERT INTO beginnings (gateway, stream, seq) VALUES (%s, %s, %s)", (*key, seq)
+            )
 
     def commit(self) -> None:
         with _naming_the_database():

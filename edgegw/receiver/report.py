@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from edgegw.domain.batch import ChainReport, Link, verify
+from edgegw.domain.batch import ChainReport, Gap, Link, verify
 from edgegw.domain.ranges import Ranges
 from edgegw.receiver.announce import spell
 from edgegw.receiver.dedupe import Key, NamedGap
@@ -11,7 +11,10 @@ from edgegw.receiver.sink import Figures
 
 
 class StreamReport(NamedTuple):
-    """One stream's part; `duplicates` are those of this run, all else is of everything kept."""
+    """One stream's part; `duplicates` are those of this run, all else is of everything kept.
+
+    Nothing before `begins` was expected; `elsewhere` names other gateway ids under which records of the stream came.
+    """
 
     key: Key
     records: int
@@ -21,6 +24,8 @@ class StreamReport(NamedTuple):
     missing: list[tuple[int, int]]
     gaps: list[NamedGap]
     chain: ChainReport
+    begins: int
+    elsewhere: dict[str, list[tuple[int, int]]]
 
     @property
     def ok(self) -> bool:
@@ -33,6 +38,7 @@ class StreamReport(NamedTuple):
             "gateway": self.key.gateway,
             "stream": self.key.stream,
             "head": self.head,
+            "begins": self.begins,
             "batches": self.kept.batches,
             "records": self.records,
             "readings": self.kept.readings,
@@ -40,6 +46,7 @@ class StreamReport(NamedTuple):
             "duplicates": self.duplicates,
             "conflicts": self.kept.conflicts,
             "missing": self.missing,
+            "elsewhere": self.elsewhere,
             "gaps": [_json(gap) for gap in self.gaps if not gap.thinned],
             "thinned": [_json(gap) for gap in self.gaps if gap.thinned],
             "chain": {"verified": not self.chain.breaks, "broken_at": self.chain.breaks},
@@ -56,7 +63,12 @@ class StreamReport(NamedTuple):
             f"{self.key}: {self.records} records up to {self.head} in {kept.batches} batches",
             f"  {kept.readings} readings, {kept.events} events",
             f"  duplicates dropped: {self.duplicates}; conflicts: {kept.conflicts}",
+            *([f"  begins with {self.begins} (--from-here)"] if self.begins > 1 else []),
             f"  missing: {spell(self.missing) or 'nothing'}",
+            *(
+                f"  received from gateway {name}, of the same stream: {spell(ranges)}"
+                for name, ranges in self.elsewhere.items()
+            ),
             f"  gone for good, and named: {gaps or 'nothing'}",
             *([f"  thinned to summaries: {thinned}"] if thinned else []),
             f"  chain: {f'BROKEN at {broken}' if broken else 'verified'}",
@@ -101,6 +113,6 @@ def _json(gap: NamedGap) -> dict[str, Any]:
     return {"from": gap.first, "to": gap.last, "reason": gap.reason}
 
 
-def chain_of(links: Iterable[Link], gaps: Iterable[NamedGap]) -> ChainReport:
-    """Verify one stream's chain across the gaps that are named."""
-    return verify(links, (gap.link() for gap in gaps))
+def chain_of(links: Iterable[Link], gaps: Iterable[NamedGap], unverified: Iterable[Gap] = ()) -> ChainReport:
+    """Verify one stream's chain across the gaps that are named, and across what is not to be verified."""
+    return verify(links, [*unverified, *(gap.link() for gap in gaps)])

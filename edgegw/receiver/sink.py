@@ -55,6 +55,14 @@ class Sink(Protocol):
         """Take in, as evidence and apart from the rest, a batch that contradicts what is kept."""
         ...
 
+    def beginnings(self) -> Iterable[tuple[Key, int]]:
+        """Return the streams that count from a later seq than 1 on, and that seq."""
+        ...
+
+    def begin(self, key: Key, seq: int) -> None:
+        """Note that a stream counts from a seq on."""
+        ...
+
     def commit(self) -> None:
         """Make everything added safe."""
         ...

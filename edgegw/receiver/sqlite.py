@@ -31,6 +31,7 @@ _TABLES: dict[str, dict[str, Any]] = {
     "device_status": _OF | {"ts": int, "device": str, "status": str, "reason": str},
     "summaries": _OF | {"ts": int, "device": str, "tag": str, "body": str, "period": int},
     "conflicts": _OF | {"count": int, "digest": str, "kind": str, "received_ts": int, "body": str},
+    "beginnings": _OF,
 }
 """The columns; `value` is declared BLOB because that alone changes nothing that is put in.
 
@@ -42,6 +43,7 @@ _KEYS = {
     "batches": ("gateway", "stream", "seq"),
     "beside": ("gateway", "stream", "seq", "period"),
     "conflicts": ("gateway", "stream", "seq", "digest"),
+    "beginnings": ("gateway", "stream"),
 }
 _ALL = """(SELECT gateway, stream, seq, 0 AS layer, body FROM batches
  UNION ALL SELECT gateway, stream, seq, 1 + period, body FROM beside)"""
@@ -237,6 +239,15 @@ class SqliteSink:
                 (*batch.key, batch.seq, batch.count, batch.digest.hex(), batch.kind.value, received_ms,
                  batch.body.decode()),
             )  # fmt: skip
+
+    def beginnings(self) -> Iterable[tuple[Key, int]]:
+        with self._naming_the_file():
+            rows = self._conn.execute("SELECT gateway, stream, seq FROM beginnings").fetchall()
+        return [(Key(gateway, stream), seq) for gateway, stream, seq in rows]
+
+    def begin(self, key: Key, seq: int) -> None:
+        with self._naming_the_file():
+            self._conn.execute(_insert("beginnings"), (*key, seq))
 
     def commit(self) -> None:
         with self._naming_the_file():

@@ -99,8 +99,8 @@ class Connection:
         self._answer: ReasonCode | None = None
         self._granted: list[ReasonCode] | None = None
         self._asked = False
-        self._unconfirmed = 0
-        self.refused: str | None = None
+        self._unconfirmed: dict[int, str] = {}
+        self.refused: dict[str, str] = {}
         five = protocol is Protocol.V5
         self._client = mqtt.Client(
             CallbackAPIVersion.VERSION2,
@@ -185,12 +185,17 @@ class Connection:
     @property
     def can_publish(self) -> bool:
         """Whether the broker is there and keeps up with what is published."""
-        return self.lost is None and self._unconfirmed < UNCONFIRMED
+        return self.lost is None and len(self._unconfirmed) < UNCONFIRMED
+
+    @property
+    def unconfirmed(self) -> set[str]:
+        """The last levels of the topics of what was published and not confirmed."""
+        return set(self._unconfirmed.values())
 
     def publish(self, topic: str, payload: bytes) -> None:
-        """Publish a message with QoS 1; a refusal is noted in `refused`."""
-        self._client.publish(topic, payload, qos=1)
-        self._unconfirmed += 1
+        """Publish a message with QoS 1; `refused` has the reason of a refusal, by the last level of the topic."""
+        info = self._client.publish(topic, payload, qos=1)
+        self._unconfirmed[info.mid] = topic.rpartition("/")[2]
 
     def close(self) -> None:
         """Let the last acknowledgements leave and say goodbye, if there is still someone to say it to."""
@@ -221,9 +226,9 @@ class Connection:
         self.inbox.append(Message(topic, bytes(message.payload), message.mid if message.qos else None))
 
     def _on_publish(self, client: Any, userdata: Any, mid: int, reason: ReasonCode, properties: Any) -> None:
-        self._unconfirmed -= 1
+        level = self._unconfirmed.pop(mid, "")
         if reason.is_failure:
-            self.refused = str(reason)
+            self.refused[level] = str(reason)
 
     def _on_disconnect(
         self, client: Any, userdata: Any, flags: mqtt.DisconnectFlags, reason: ReasonCode, properties: Any

@@ -9,7 +9,7 @@ from edgegw.domain.ranges import Ranges
 from edgegw.errors import JournalError
 from edgegw.journal.journal import Journal
 from edgegw.uplink.feeder import Feeder
-from edgegw.uplink.receipts import Receipts
+from edgegw.uplink.receipts import MAX_RESENDS, Receipts
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ class Confirmation:
         self._came = asyncio.Event()
         self._received = Ranges()
         self._look_at_s = 0.0
+        self._aside_said = False
 
     @property
     def full(self) -> bool:
@@ -51,6 +52,10 @@ class Confirmation:
             await self._came.wait()
             self._came.clear()
             received, self._received = self._received, Ranges()
+            received = received.common(self._journal.published())  # who confirms more makes it up
+            if not received:
+                continue
+            self._note_receiver()
             try:
                 settled = await self._journal.acknowledge_ranges(self._feeder.stream, received)
             except JournalError as error:
@@ -59,6 +64,14 @@ class Confirmation:
                 await asyncio.sleep(1.0)
             else:
                 self._confirmed(settled)
+
+    def _note_receiver(self) -> None:
+        if not self._journal.end_to_end:
+            log.info(
+                "uplink %s: a receiver confirms this stream; from now on only its receipts settle batches",
+                self._url,
+            )
+            self._journal.note_end_to_end()
 
     def _confirmed(self, settled: Ranges) -> None:
         now_s = clock.mono_s()
@@ -79,6 +92,10 @@ class Confirmation:
         overdue = self._receipts.due(self._journal.settled(), now_s)
         if overdue is None:
             return
+        if overdue.aside:
+            self._say_aside(overdue.aside)
+        if not overdue.ranges:
+            return
         first = next(iter(overdue.ranges))
         what = f"{overdue.ranges.total()} records from {first[0]} on"
         if overdue.probe:
@@ -92,3 +109,15 @@ class Confirmation:
                 "uplink %s: %s were lost between broker and receiver; they are sent again", self._url, what
             )
             self._feeder.unsent(overdue.ranges)
+
+    def _say_aside(self, aside: Ranges) -> None:
+        if self._aside_said:
+            return
+        self._aside_said = True
+        smallest, largest = self._receipts.resent_sizes
+        log.error(
+            "uplink %s: %d records from %d on get no receipt, though they were sent %d times and others do (batches of "
+            "%d to %d bytes); they are held aside in the journal and tried once an hour; the broker may discard "
+            "messages that large, or the receiver be unable to read them",
+            self._url, aside.total(), next(iter(aside))[0], MAX_RESENDS + 1, smallest, largest,
+        )  # fmt: skip

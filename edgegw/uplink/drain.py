@@ -8,8 +8,7 @@ messages, of which what is not live gets as much as leaves the link free (see `p
 import asyncio
 import logging
 from collections import deque
-from enum import Enum
-from typing import NamedTuple
+from contextlib import suppress
 
 from edgegw import clock
 from edgegw.config.schema import Uplink
@@ -21,70 +20,64 @@ from edgegw.journal.writer import Committed
 from edgegw.uplink.confirmation import Confirmation
 from edgegw.uplink.feeder import Feeder, Waiting
 from edgegw.uplink.mqtt import Ack, Connection
+from edgegw.uplink.outbox import Outbox
+from edgegw.uplink.outcome import Outcome, Refusals, judge
 from edgegw.uplink.pacer import Pacer
 from edgegw.uplink.receipts import Receipts
 from edgegw.uplink.replay import Replays
+from edgegw.uplink.sizes import Fate, Sizes, largest_json
+from edgegw.uplink.window import InFlight, Way, Window
 
 log = logging.getLogger(__name__)
 
 LIVE_BYTES = 4 * 1024**2
 """Live batches that may wait for the window; older ones then go the way of the backlog."""
-ACK_TIMEOUT_S = 30.0
-REFUSED_FIRST_S = 1.0
-REFUSED_MOST_S = 30.0
-PACKET_OVERHEAD = 64
-"""What a PUBLISH takes beside topic and payload, at the most."""
-
-
-class Way(Enum):
-    """Why a batch is sent."""
-
-    LIVE = "live"
-    BACKLOG = "backlog"
-    AGAIN = "again"
-
-
-class _OnTheWay(NamedTuple):
-    """A batch that was published and not yet acknowledged."""
-
-    batch: Batch
-    way: Way
-    sent_s: float
 
 
 class Drain:
     """Sends what is pending over one connection until that is lost.
 
-    Without `receipts` the broker's word settles a batch, with them only the receiver's.
+    Without `receipts` only the broker's word settles a batch.
     """
 
     def __init__(
         self, config: Uplink, topic: str, journal: Journal, connection: Connection, commit_s: float,
-        receipts: Receipts | None, replays: Replays,
+        receipts: Receipts | None, replays: Replays, sizes: Sizes, outbox: Outbox,
     ) -> None:  # fmt: skip
         self._config = config
         self._topic = topic
         self._journal = journal
         self._connection = connection
         self._replays = replays
-        self._window = max(1, min(config.inflight, connection.receive_maximum))
-        self._pacer = Pacer(max(0.05, commit_s / 2), self._window - max(1, self._window // 4))
+        self._window = Window(config.inflight, connection.receive_maximum)
+        size = self._window.size
+        self._pacer = Pacer(max(0.05, commit_s / 2), size - max(1, size // 4))
         self._stream = journal.stream  # before what is settled: it may be replaced at any moment
         sent = journal.settled()
         for seqs in receipts.awaited if receipts is not None else ():
             sent.add(*seqs)
-        self._feeder = Feeder(journal, sent, replays, self._window)
+        self._feeder = Feeder(journal, sent, replays, size)
         self._confirmation = (
             None if receipts is None else Confirmation(connection.url, journal, receipts, self._feeder)
         )
         self._something = self._feeder.something
         self._live: deque[Waiting] = deque()
         self._live_bytes = 0
-        self._on_the_way: dict[int, _OnTheWay] = {}
-        self._beside_live = 0
-        self._refusals = 0
-        self._too_large: set[int] = set()
-        connection.acknowledged = self._acknowledged
+        self._refusals = Refusals()
+        self._outbox = outbox
+        self._sizes = sizes
+        sizes.connected(connection.maximum_packet_size, len(f"{topic}/backfill"))
+        journal.limit_message(largest_json(sizes.limit, packed=self._packs))
+        self._aside = Ranges()
+
+    @property
+    def in_flight(self) -> list[int]:
+        """The payloads' sizes of what is published and not acknowledged, in bytes."""
+        return self._window.sizes
+
+    @property
+    def _packs(self) -> bool:
+        return self._config.compression == "zstd"
 
     def committed(self, committed: Committed) -> None:
         """Take batches that have just become durable: they are live."""
@@ -112,6 +105,10 @@ class Drain:
         if self._confirmation is not None:
             self._confirmation.received(ranges)
 
+    def wake(self) -> None:
+        """Look whether something can be sent: an acknowledgement came that is not for a batch."""
+        self._something.set()
+
     def replay(self) -> None:
         """Look for replays: one has been asked for."""
         self._feeder.hungry.set()
@@ -129,15 +126,14 @@ class Drain:
                 self._something.clear()
                 if self._confirmation is not None:
                     self._confirmation.look()
+                self._check_acknowledgements()
                 self._send()
                 for task in beside:
                     if task.done():
                         task.result()
-                try:
+                with suppress(TimeoutError):
                     async with asyncio.timeout(self._wait_s()):
                         await self._something.wait()
-                except TimeoutError:
-                    self._check_acknowledgements()
             raise UplinkError(f"uplink {self._connection.url}: {lost.result()}")
         finally:
             for task in beside:
@@ -150,7 +146,7 @@ class Drain:
         deadline = clock.mono_s() + timeout_s
         while clock.mono_s() < deadline and not self._connection.lost.done():
             backlog = self._feeder.backlog and not self._waits_for_receipts
-            if not (self._live or self._on_the_way or backlog):
+            if not (self._live or self._window or backlog):
                 return
             await asyncio.sleep(0.01)
 
@@ -167,113 +163,165 @@ class Drain:
 
     def _send(self) -> None:
         """Publish as much as the window takes: live batches, then the backlog, then what is sent again."""
-        while self._live and len(self._on_the_way) < self._window:
-            batch, body = self._live.popleft()
+        while self._live and not self._full:
+            batch = self._live[0].batch
+            if not self._send_first(self._live, Way.LIVE):
+                return
             self._live_bytes -= batch.size
-            self._publish(batch, body, Way.LIVE)
         if self._feeder.held:
             return
         backlog = self._feeder.backlog
         while backlog and self._room and not self._waits_for_receipts:
-            self._publish(*backlog.popleft(), Way.BACKLOG)
+            if not self._send_first(backlog, Way.BACKLOG):
+                return
         again = self._feeder.again
         while again and self._room and not self._replays.wait_s(clock.mono_s()):
             if backlog and not self._waits_for_receipts:
                 break
-            self._replays.goes(again[0].batch.size, clock.mono_s())
-            self._publish(*again.popleft(), Way.AGAIN)
-        if len(backlog) < self._window or not again:
+            batch = again[0].batch
+            if not self._send_first(again, Way.AGAIN):
+                return
+            self._replays.goes(batch.size, clock.mono_s())
+        if len(backlog) < self._window.size or not again:
             self._feeder.hungry.set()
 
     @property
     def _room(self) -> bool:
         """Whether one more may be on the way that is not live."""
-        return len(self._on_the_way) < self._window and self._beside_live < self._pacer.window
+        return not self._full and self._window.not_live < self._pacer.window
+
+    @property
+    def _full(self) -> bool:
+        """Whether nothing more may be on the way, be it that one must be alone there."""
+        return self._window.full or self._sizes.trial is not None
 
     @property
     def _waits_for_receipts(self) -> bool:
         return self._confirmation is not None and self._confirmation.full
 
-    def _publish(self, batch: Batch, body: bytes, way: Way) -> None:
+    def _send_first(self, waiting: deque[Waiting], way: Way) -> bool:
+        """Publish the first of a queue, or hold it aside; False if it must wait until it can go alone."""
+        batch, body = waiting[0]
+        payload = batch.packed if self._packs else body
+        fate = self._sizes.fate(len(payload), clock.mono_s())
+        if fate is Fate.ALONE:
+            if self._window or self._outbox:
+                return False
+            self._sizes.try_alone(len(payload), clock.mono_s())
+        waiting.popleft()
+        if fate is Fate.ASIDE:
+            self._hold_aside(batch, len(payload), way)
+        else:
+            self._publish(batch, payload, way)
+        return True
+
+    def _publish(self, batch: Batch, payload: bytes, way: Way) -> None:
         as_made = way is Way.LIVE or batch.kind is Kind.SUMMARY
         topic = f"{self._topic}/{batch.kind.value if as_made else 'backfill'}"
-        if self._config.compression == "zstd":
-            payload, content_type = batch.packed, "application/json+zstd"
-        else:
-            payload, content_type = body, "application/json"
-        most = self._connection.maximum_packet_size
-        if most is not None and len(payload) + len(topic) + PACKET_OVERHEAD > most:
-            if not self._too_large:
-                log.error(
-                    "uplink %s: takes messages of %d bytes at most, batch %d has %d; it stays in the journal; "
-                    "raise the broker's limit, and set uplink.max_message below it",
-                    self._connection.url, most, batch.seq, len(payload),
-                )  # fmt: skip
-            self._too_large.add(batch.seq)
-            if way is Way.AGAIN:
-                self._feeder.repeated(batch, taken=True)
-            return
+        content_type = "application/json+zstd" if self._packs else "application/json"
         mid = self._connection.publish(topic, payload, content_type=content_type)
         self._journal.publish(batch)
-        self._on_the_way[mid] = _OnTheWay(batch, way, clock.mono_s())
-        self._beside_live += way is not Way.LIVE
+        self._window.publish(mid, InFlight(batch, way, clock.mono_s(), len(payload)))
+
+    def _hold_aside(self, batch: Batch, size: int, way: Way) -> None:
+        """Leave a batch that the broker does not accept in the journal, while all others are sent."""
+        if not self._sizes.too_large(size):
+            self._aside.add(batch.seq, batch.last)  # it may be tried again over this connection
+        self._journal.release([batch])
+        if way is Way.AGAIN:
+            self._feeder.repeated(batch, taken=True)
+        self._journal.limit_message(self._sizes.limit)  # also where it had been expected to pack better
+        if self._sizes.reported == self._sizes.limit:
+            return
+        self._sizes.reported = self._sizes.limit
+        packed = len(batch.packed)
+        helps = not self._packs and self._sizes.fate(packed, clock.mono_s()) is not Fate.ASIDE
+        log.error(
+            "uplink %s: %s; batch %d has %d and is held aside in the journal, the others are sent; %sraise the "
+            "broker's limit", self._connection.url, self._sizes.describe(size), batch.seq, size,
+            f'set uplink.compression = "zstd", with which it has {packed}, or ' if helps else "",
+        )  # fmt: skip
 
     # -- back ----------------------------------------------------------------------------------------------
 
-    def _acknowledged(self, mid: int, ack: Ack) -> None:
-        sent = self._on_the_way.pop(mid, None)
+    def acknowledge(self, mid: int, ack: Ack) -> None:
+        """Note what the broker says to a publish."""
+        sent = self._window.acknowledge(mid)
         if sent is None:
-            return  # the retained status, not a batch
-        self._beside_live -= sent.way is not Way.LIVE
+            return  # it came late: the batch is sent again
         now_s = clock.mono_s()
-        taken = ack.accepted and (ack.heard or self._config.acknowledge == "broker")
+        self._sizes.answered(sent.size, now_s, accepted=ack.accepted)
+        live = sent.way is Way.LIVE
+        outcome = judge(self._config.acknowledge, ack, live=live, end_to_end=self._journal.end_to_end)
         if sent.way is Way.AGAIN:
-            self._feeder.repeated(sent.batch, taken=taken)
-        if taken:
-            self._taken(sent, now_s)
+            self._feeder.repeated(sent.batch, taken=outcome is not Outcome.PENDING)
+        if outcome is Outcome.SETTLED:
+            self._journal.acknowledge(sent.batch)
+        elif outcome is Outcome.AWAITED:
+            self._await_receipt(sent)
         else:
-            self._refused(sent.batch, ack, now_s)
+            self._send_later(sent)
+        if ack.accepted and ack.heard:
+            self._got_through(sent, now_s)
+        else:
+            self._pause(sent, ack, now_s)
         self._something.set()
 
-    def _taken(self, sent: _OnTheWay, now_s: float) -> None:
-        """Settle a batch that the broker has, or begin to wait for its receipt if it did not come already."""
-        batch = sent.batch
-        if self._confirmation is None:
-            self._journal.acknowledge(batch)
-        else:
-            self._confirmation.taken(batch, live=sent.way is Way.LIVE)
-            self._journal.release([batch])
-        if sent.way is not Way.LIVE:
-            self._pacer.acknowledged(sent.sent_s, now_s)
-        if self._refusals:
-            log.warning(
-                "uplink %s: takes batches again after %d refusals", self._connection.url, self._refusals
-            )
-            self._feeder.hold_until_s = 0.0
-            self._feeder.hungry.set()
-        self._refusals = 0
+    def _await_receipt(self, sent: InFlight) -> None:
+        assert self._confirmation is not None
+        self._confirmation.taken(sent.batch, live=sent.way is Way.LIVE)
+        self._journal.release([sent.batch])
+        if self._config.acknowledge == "auto":
+            self._journal.note_delivered(sent.batch)
 
-    def _refused(self, batch: Batch, ack: Ack, now_s: float) -> None:
-        """Leave the batch pending, and hold back for a while all that is not live."""
-        if not self._refusals:
-            why = ack.reason if not ack.accepted else "nobody is subscribed"
+    def _send_later(self, sent: InFlight) -> None:
+        """Have a batch sent as the backlog; nothing keeps it from being thinned until it is read again."""
+        self._feeder.unsent(Ranges([(sent.batch.seq, sent.batch.last)]))
+        self._journal.release([sent.batch])
+
+    def _got_through(self, sent: InFlight, now_s: float) -> None:
+        live = sent.way is Way.LIVE
+        if not live:
+            self._pacer.acknowledged(sent.sent_s, now_s)
+        if over := self._refusals.accepted(live=live):
+            log.warning("uplink %s: batches get through again after %d refusals", self._connection.url, over)
+        self._pause_until(self._refusals.paused_until_s)
+
+    def _pause(self, sent: InFlight, ack: Ack, now_s: float) -> None:
+        """Hold back for a while all that is not live."""
+        if self._refusals.refused(now_s, live=sent.way is Way.LIVE):
+            why = "nobody is subscribed" if ack.accepted else ack.reason
             log.error(
-                "uplink %s: batch %d was not taken: %s; it stays pending",
-                self._connection.url,
-                batch.seq,
-                why,
-            )
-        hold_s = min(REFUSED_MOST_S, REFUSED_FIRST_S * 2 ** min(self._refusals, 10))
-        self._feeder.hold_until_s = now_s + hold_s
-        self._refusals += 1
-        self._pacer.restart()
-        self._feeder.unsent(Ranges([(batch.seq, batch.last)]))
-        self._feeder.drop()
+                "uplink %s: batch %d did not get through: %s; the backlog waits",
+                self._connection.url, sent.batch.seq, why,
+            )  # fmt: skip
+        self._pause_until(self._refusals.paused_until_s)
+        if self._feeder.held:
+            self._pacer.restart()
+            self._feeder.drop()
+
+    def _pause_until(self, until_s: float) -> None:
+        if until_s != self._feeder.hold_until_s:
+            self._feeder.hold_until_s = until_s
+            self._feeder.hungry.set()
 
     def _check_acknowledgements(self) -> None:
-        """Give the connection up if the broker has stopped to answer."""
-        if not self._on_the_way:
-            return
-        oldest = next(iter(self._on_the_way.values()))
-        if clock.mono_s() - oldest.sent_s > ACK_TIMEOUT_S:
-            raise UplinkError(f"uplink {self._connection.url}: no acknowledgement in {ACK_TIMEOUT_S:.0f} s")
+        """Send again what was lost on the way; give the connection up if the broker has stopped answering."""
+        now_s = clock.mono_s()
+        if lost := self._window.write_off(now_s):
+            log.warning(
+                "uplink %s: %d batches from %d on were not acknowledged, though later ones were; sent again",
+                self._connection.url, len(lost), lost[0].batch.seq,
+            )  # fmt: skip
+            self._pacer.restart()
+        self._sizes.settle(now_s)
+        for sent in lost:
+            self._sizes.answered(sent.size, now_s, accepted=False)
+            if sent.way is Way.AGAIN:
+                self._feeder.repeated(sent.batch, taken=False)
+            self._send_later(sent)
+        if self._aside and (self._sizes.refused is None or self._sizes.retry_due(now_s)):
+            aside, self._aside = self._aside, Ranges()
+            self._feeder.unsent(aside)
+        if (reason := self._window.dead(now_s)) is not None:
+            raise UplinkError(f"uplink {self._connection.url}: {reason}")

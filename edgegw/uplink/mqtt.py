@@ -57,10 +57,6 @@ class Ack(NamedTuple):
     reason: str
 
 
-class Unreachable(UplinkError):
-    """Nobody listens there, so nothing was learnt about the broker."""
-
-
 class Incoming(NamedTuple):
     """A message to the gateway. `answer_to` and `correlation` are MQTT 5's request and response."""
 
@@ -70,7 +66,7 @@ class Incoming(NamedTuple):
     correlation: bytes | None
 
 
-class _ProtocolRefused(UplinkError):
+class ProtocolRefused(UplinkError):
     """The broker does not speak this version of MQTT."""
 
 
@@ -80,7 +76,7 @@ async def connect(url: str, protocol: str, login: Login, will: Will | None = Non
         return await _open(Connection(url, protocol, login, will))
     try:
         return await _open(Connection(url, "5", login, will))
-    except _ProtocolRefused:
+    except ProtocolRefused:
         log.info("uplink %s: does not speak MQTT 5; trying 3.1.1", url)
         return await _open(Connection(url, "3.1.1", login, will))
 
@@ -144,18 +140,18 @@ class Connection:
             async with asyncio.timeout(CONNECT_S):
                 await asyncio.to_thread(self._client.connect, self._host, self._port, KEEPALIVE_S)
         except TimeoutError:
-            raise Unreachable(f"uplink {self.url}: no connection in {CONNECT_S:.0f} s") from None
+            raise UplinkError(f"uplink {self.url}: no connection in {CONNECT_S:.0f} s") from None
         except ssl.SSLError as error:
             raise UplinkError(f"uplink {self.url}: TLS failed: {error.reason or error}".lower()) from None
         except OSError as error:
-            raise Unreachable(f"uplink {self.url}: {(error.strerror or str(error)).lower()}") from None
+            raise UplinkError(f"uplink {self.url}: {(error.strerror or str(error)).lower()}") from None
         self._keep_house()
         patience_s = VERSION_S if self._v5 else CONNECT_S
         try:
             async with asyncio.timeout(patience_s):
                 await self._opened
         except TimeoutError:
-            kind = _ProtocolRefused if self._v5 else UplinkError
+            kind = ProtocolRefused if self._v5 else UplinkError
             raise kind(f"uplink {self.url}: connected, but no answer in {patience_s:.0f} s") from None
 
     def subscribe(self, topic: str, take: Callable[[Incoming], None]) -> None:
@@ -217,7 +213,7 @@ class Connection:
         if self._opened.done():
             return
         if reason.is_failure:
-            kind = _ProtocolRefused if "protocol version" in str(reason).lower() else UplinkError
+            kind = ProtocolRefused if "protocol version" in str(reason).lower() else UplinkError
             self._opened.set_exception(kind(f"uplink {self.url}: refused: {reason}".lower()))
             return
         if properties is not None:
@@ -230,7 +226,7 @@ class Connection:
     ) -> None:
         if not self._opened.done() and self._v5:
             # an old broker hangs up on the unknown version without a word (MQTT 3.1.1, 3.1.2.2)
-            self._opened.set_exception(_ProtocolRefused(f"uplink {self.url}: hung up: {reason}".lower()))
+            self._opened.set_exception(ProtocolRefused(f"uplink {self.url}: hung up: {reason}".lower()))
         if flags.is_disconnect_packet_from_server:
             self._lose(f"the broker ended it: {reason}".lower())
         else:  # paho calls a connection that was closed or reset an unspecified error

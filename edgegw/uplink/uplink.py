@@ -18,10 +18,13 @@ from edgegw.errors import ConfigError, JournalError, UplinkError
 from edgegw.journal.journal import Journal
 from edgegw.journal.writer import Committed
 from edgegw.uplink import mqtt, receipts, replay
+from edgegw.uplink.attempts import STABLE_S, Attempts
 from edgegw.uplink.drain import Drain
 from edgegw.uplink.link import Link, advance
+from edgegw.uplink.outbox import Notice, Outbox
 from edgegw.uplink.receipts import Receipts
 from edgegw.uplink.replay import Replays
+from edgegw.uplink.sizes import Sizes
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +57,14 @@ class UplinkService:
         self._replays = Replays()
         self._drain: Drain | None = None
         self._connection: mqtt.Connection | None = None
+        self._outbox: Outbox | None = None
         self._leaving = False
         self._spoken: dict[
             str, str
         ] = {}  # the version that each broker took last: asking for another costs time
+        self._sizes: dict[str, Sizes] = {}
+        self._attempts = Attempts(config.uplink.reconnect_jitter.s, random.uniform)
+        self._connected_s = 0.0
         self._failures = 0
         self._lost_since = clock.mono_s()
 
@@ -79,32 +86,33 @@ class UplinkService:
                     if self._leaving:
                         return
                     log.warning("%s; records stay in the journal", error)
+                    self._learn(connection)
                 finally:
-                    self._connection = self._drain = self.broker = None
+                    self._connection = self._drain = self._outbox = self.broker = None
                     connection.drop()
                     self._lost_since = clock.mono_s()
                 self._set_link(connected=False)
-                jitter_s = self._config.uplink.reconnect_jitter.s
-                await asyncio.sleep(random.uniform(0.0, jitter_s))
+                await asyncio.sleep(self._attempts.pause_s())
         finally:
             watch.cancel()
 
     async def finish(self) -> None:
         """Send what was just committed, if the link is there, and say goodbye."""
-        connection, drain = self._connection, self._drain
-        if connection is None or drain is None:
+        connection, drain, outbox = self._connection, self._drain, self._outbox
+        if connection is None or drain is None or outbox is None:
             return
         self._leaving = True
         await drain.settle(SETTLE_S)
-        said = asyncio.Event()
-        connection.acknowledged = lambda mid, ack: said.set()
-        connection.publish(*self._status("offline"), retain=True)
+        goodbye = Notice(*self._status("offline"), retain=True)
+        outbox.send(goodbye)
         try:
             async with asyncio.timeout(GOODBYE_S):
-                await said.wait()
+                await goodbye.acknowledged.wait()
         except TimeoutError:
-            log.info("uplink %s: did not acknowledge the goodbye", connection.url)
-        connection.close()
+            log.info("uplink %s: did not acknowledge the goodbye; its will says it", connection.url)
+            connection.drop()
+        else:
+            connection.close()
 
     async def _connect(self) -> mqtt.Connection:
         """Try the brokers in order, again and again with jittered back-off, until one has us."""
@@ -124,13 +132,19 @@ class UplinkService:
             try:
                 connection = await mqtt.connect(url, spoken, login(self._config, self._config_path), will)
             except UplinkError as error:
-                if not isinstance(error, mqtt.Unreachable):
+                if isinstance(error, mqtt.ProtocolRefused):
                     self._spoken.pop(url, None)
-                failures.append(str(error))
+                failures.append(f"{error}{self._hint(error)}")
             else:
                 self._spoken[url] = connection.protocol
                 return connection
         raise UplinkError("; ".join(failures))
+
+    def _hint(self, error: UplinkError) -> str:
+        """Return what to add to a failure for the operator."""
+        if isinstance(error, mqtt.ProtocolRefused) and self._config.uplink.acknowledge == "subscriber":
+            return '; acknowledge = "subscriber" needs MQTT 5, which this broker does not speak: use "auto"'
+        return ""
 
     def _failed(self, state: RetryCallState) -> None:
         self._failures += 1
@@ -143,24 +157,49 @@ class UplinkService:
         log.info("uplink %s: online, MQTT %s%s", connection.url, connection.protocol, after)
         self._failures = 0
         self.broker = connection.url
-        self._connection = connection
-        connection.publish(*self._status("online"), retain=True)
-        connection.subscribe(
-            f"{self._config.topic}/cmd", lambda incoming: self._command(connection, incoming)
-        )
-        if self._config.uplink.acknowledge == "receiver":
-            connection.subscribe(f"{self._config.topic}/ack", self._receipt)
+        self._connection, self._connected_s = connection, clock.mono_s()
+        outbox = self._outbox = Outbox(connection)
         commit_s = self._config.journal.commit_interval.s
-        self._drain = Drain(
+        drain = self._drain = Drain(
             self._config.uplink, self._config.topic, self._journal, connection, commit_s,
-            self._awaited_receipts(), self._replays,
+            self._awaited_receipts(), self._replays, self._sizes.setdefault(connection.url, Sizes()), outbox,
         )  # fmt: skip
-        self._set_link(connected=True)
-        await self._drain.run()
+
+        def acknowledged(mid: int, ack: mqtt.Ack) -> None:
+            if outbox.acknowledge(mid, ack):
+                drain.wake()
+            else:
+                drain.acknowledge(mid, ack)
+
+        connection.acknowledged = acknowledged
+        outbox.send(Notice(*self._status("online"), retain=True))
+        connection.subscribe(f"{self._config.topic}/cmd", lambda incoming: self._command(outbox, incoming))
+        if self._wants_receipts:
+            connection.subscribe(f"{self._config.topic}/ack", self._receipt)
+        self._set_link(connected=self._up)
+        await drain.run()
+
+    def _learn(self, connection: mqtt.Connection) -> None:
+        """Note how long a connection lasted, and what was in flight at its end."""
+        now_s = clock.mono_s()
+        lasted_s = now_s - self._connected_s
+        self._attempts.ended(lasted_s)
+        if self._drain is not None:
+            stable = lasted_s >= STABLE_S
+            self._sizes[connection.url].lost(self._drain.in_flight, now_s, stable=stable)
+
+    @property
+    def _up(self) -> bool:
+        """Whether the link counts as online: after connections that did not last, a new one must prove itself."""
+        return self._connection is not None and self._attempts.proven(clock.mono_s() - self._connected_s)
+
+    @property
+    def _wants_receipts(self) -> bool:
+        return self._config.uplink.acknowledge in ("auto", "receiver")
 
     def _awaited_receipts(self) -> Receipts | None:
         """Return what waits for its receipt, since earlier connections if it is of the same stream."""
-        if self._config.uplink.acknowledge != "receiver":
+        if not self._wants_receipts:
             return None
         stream = self._journal.stream
         if self._receipts is None or self._receipts.stream != stream:
@@ -202,23 +241,23 @@ class UplinkService:
             self._drain.replay()
         return True
 
-    def _command(self, connection: mqtt.Connection, incoming: mqtt.Incoming) -> None:
+    def _command(self, outbox: Outbox, incoming: mqtt.Incoming) -> None:
         """Have a command obeyed, and answer it; more than a few at a time are refused."""
-        task = asyncio.create_task(self._answer(connection, incoming, len(self._obeying) < COMMANDS))
+        task = asyncio.create_task(self._answer(outbox, incoming, len(self._obeying) < COMMANDS))
         self._obeying.add(task)
         task.add_done_callback(self._obeying.discard)
 
-    async def _answer(self, connection: mqtt.Connection, incoming: mqtt.Incoming, room: bool) -> None:
+    async def _answer(self, outbox: Outbox, incoming: mqtt.Incoming, room: bool) -> None:
         if room:
             reply = await self._obey(incoming.payload, incoming.retained)
         else:
             reply = Reply(None, False, f"busy with {COMMANDS} commands; try again")
-        if connection.lost.done():
-            return
+        if outbox is not self._outbox:
+            return  # the connection that asked is gone
         body = msgspec.json.encode(reply.wire())
         for topic in {f"{self._config.topic}/reply", incoming.answer_to} - {None}:
-            connection.publish(
-                str(topic), body, content_type="application/json", correlation=incoming.correlation
+            outbox.send(
+                Notice(str(topic), body, content_type="application/json", correlation=incoming.correlation)
             )
 
     def _status(self, state: str) -> tuple[str, bytes]:
@@ -234,7 +273,9 @@ class UplinkService:
 
     async def _watch_island(self) -> None:
         while True:
-            self._set_link(connected=self._connection is not None)
+            self._set_link(connected=self._up)
+            if self._outbox is not None:
+                self._outbox.resend()
             await asyncio.sleep(min(1.0, max(0.05, self._config.uplink.island_after.s / 4)))
 
     def _set_link(self, *, connected: bool) -> None:
