@@ -402,6 +402,6 @@ def test_p5_on_a_disk_without_room_the_oldest_go_as_room_demands_and_one_range_n
     assert Ranges((gap["from"], gap["to"]) for gap in gaps).covers(1, last)
     assert min(held.bodies) > last - 100, "what is named is gone, and nothing else"
     assert sum(len(gaps_in(body, held.stream)) for body in held.bodies.values()) < 250
-    assert hand.told[-1].batch.last < 2_000 + 301 * 22 + 400, "events about what went are few"
+    assert len(gaps) < 700, "events about what went are few: one a turn, or two"
     assert min(sizes) > max(sizes) / 2, "no more goes than room demands"
     hand.close()
