@@ -9,7 +9,7 @@ import msgspec
 from edgegw.config.schema import Config
 from edgegw.control import commands, engine, state
 from edgegw.control.build import build
-from edgegw.control.engine import Cycle, Memo
+from edgegw.control.cycle import Cycle, Memo
 from edgegw.control.plant import Plant
 from edgegw.control.rule import LinkState
 from edgegw.control.state import State
