@@ -300,7 +300,8 @@ class _Step:
             self.refusals.pop(demand.setpoint, None)
             self.due.append(due_s)
             return
-        self._write(demand, wanted, wanted, None, repeat=history.value is not None)
+        held = self._present(demand.setpoint)
+        self._write(demand, wanted, held, None, repeat=history.value is not None)
 
     def _write(
         self,
