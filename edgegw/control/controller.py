@@ -76,6 +76,8 @@ class Controller:
         self._memory = memory
         self._devices = {name.partition(".")[0] for rule in plant.rules for name in rule.inputs}
         self._devices |= {name.partition(".")[0] for name, limits in plant.limits.items() if limits.writable}
+        for device in self._devices:
+            self._learn(device)
         self._restore(memory.load())
 
     @property
@@ -86,13 +88,14 @@ class Controller:
     def touch(self, device: str) -> None:
         """Say that a device has new readings, or none any more."""
         if device in self._devices:
-            types = self._held_types(device)
-            if types is not None and types is not self._learnt.get(device):
-                self._learn(device, types)
+            self._learn(device)
             self._due.set()
 
-    def _learn(self, device: str, types: Mapping[str, str]) -> None:
-        """Keep the limits in the types in which a device holds its setpoints, from now on."""
+    def _learn(self, device: str) -> None:
+        """Keep the limits in the types in which a device says that it holds its setpoints, from now on."""
+        types = self._held_types(device)
+        if types is None or types is self._learnt.get(device):
+            return
         self._learnt[device] = types
         self._plant = self._configured
         for name, known in self._learnt.items():
