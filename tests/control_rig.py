@@ -9,7 +9,7 @@ import msgspec
 from edgegw.config.schema import Config
 from edgegw.control import commands, engine, state
 from edgegw.control.build import build
-from edgegw.control.engine import Cycle, Memo
+from edgegw.control.cycle import Cycle, Memo
 from edgegw.control.plant import Plant
 from edgegw.control.rule import LinkState
 from edgegw.control.state import State
@@ -18,13 +18,15 @@ from edgegw.domain.record import Scan
 from edgegw.domain.tag import Scalar, Value
 
 BOOTED_S = 1000.0
-TYPES = {"number": "float64", "int": "int16", "bool": "bool", "text": "string:16"}
+TYPES = {"number": "float64", "int": "int16", "coarse": "int16", "bool": "bool", "text": "string:16"}
 
 
 def tag(text: str, address: int) -> dict[str, Any]:
     """Return a tag's configuration from words, as in `number writable min=-50 ramp=10/s`."""
     kind, *words = text.split()
     made: dict[str, Any] = {"type": TYPES[kind], "address": f"holding:{address}"}
+    if kind == "coarse":
+        made["scale"] = 10.0
     if kind == "bool":
         made["address"] = f"coil:{address}"
     for word in words:

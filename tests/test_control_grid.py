@@ -126,3 +126,16 @@ def test_a_limit_is_no_further_out_than_its_register() -> None:
 def test_limits_between_which_the_register_holds_nothing_are_a_mistake(text: str, problem: str) -> None:
     _, problems = plant({"a.x": text}, {})
     assert [why for _, why in problems] == [problem]
+
+
+def test_a_plant_learns_in_which_types_a_device_holds_its_tags_and_forgets_none_that_is_configured() -> None:
+    made, _ = plant({"a.x": "number writable", "a.y": "int writable", "a.z": "number writable"}, {})
+    learnt = made.learnt(
+        "a", {"x": "int32", "y": "float64", "z": "float32", "not_configured_any_more": "int16"}
+    )
+    assert [learnt.limits[name].grid.kind for name in ("a.x", "a.y", "a.z")] == [
+        "integer",
+        "integer",
+        "float32",
+    ]
+    assert made.limits["a.x"].grid.kind == "float64"

@@ -292,8 +292,9 @@ def check_ramp(of: Limits, writes: list[Any]) -> None:
 
 FED, FED_PROBLEMS = plant(
     {"src.a": "number", "out.x": "number writable min=0 max=50 refresh=5s min_interval=1s max_per_hour=1000 safe=1",
-     "out.y": "int writable max_step=10 refresh=3s"},
-    {"one": {"when": "src.a > 10.0", "do": {"out.x": "src.a", "out.y": 40.0}, "finally": {"out.y": 0.0}}},
+     "out.y": "coarse writable max_step=11 max=46 refresh=3s"},
+    {"one": {"when": "src.a > 10.0", "do": {"out.x": "src.a", "out.y": "math.least(src.a, 46.0)"},
+             "finally": {"out.y": 0.0}}},
 )  # fmt: skip
 TICKS = st.lists(
     st.one_of(

@@ -22,9 +22,10 @@ from asyncua.common.utils import ServiceError
 from asyncua.server.internal_session import InternalSession
 from asyncua.server.server import Server
 from gateway_rig import config as gateway_config
-from gateway_rig import gateway, until
+from gateway_rig import gateway, toml, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rig import Process
 from test_opcua_driver import (
     DEADLINE_S,
     MODES,
@@ -339,6 +340,20 @@ async def test_p8_what_arrives_in_an_integer_node_is_within_the_limits_also_wher
         run.send(signal.SIGTERM)
         await asyncio.to_thread(run.end)
     assert await field.writes() == [["Int16", "Int16", value] for value in (21, 41, 49)]
+
+
+@MODES
+async def test_p8_a_write_without_a_daemon_reads_the_node_before_and_after_and_keeps_within_its_limits(
+    field: Field, tmp_path: Path, mode: str
+) -> None:
+    tags = {"setpoint": {"address": "ns=2;s=Int16", "writable": True, "max": 9.6}}
+    device = {"driver": "opcua", "url": field.url, "every": "100ms", "mode": mode, "tags": tags}
+    (tmp_path / "config.toml").write_text(toml(gateway_config(free_port(), {"plant": device})))
+    words = ["write", "plant.setpoint", "9.6", "--yes", "--json", "-c", str(tmp_path / "config.toml")]
+    with Process(sys.executable, "-m", "edgegw", *words) as made:
+        code, out = await asyncio.to_thread(made.end)
+    assert (code, json.loads(out)["value"]) == (0, 9), made.lines
+    assert await field.writes() == [["Int16", "Int16", 9]]
 
 
 async def test_the_type_is_asked_once_for_each_connection(field: Field) -> None:

@@ -15,7 +15,7 @@ from edgegw.cli.options import config_option, json_option, load_config, print_js
 from edgegw.errors import JournalError, NoAnswer
 
 if TYPE_CHECKING:
-    from edgegw.config.schema import Config
+    from edgegw.config.schema import AnyDevice, Config
     from edgegw.control.guard import Limits
     from edgegw.control.hand import Alone
     from edgegw.control.plant import Plant
@@ -186,7 +186,7 @@ async def _alone(
         try:
             async with asyncio.timeout(OPEN_S):
                 await journal.opened.wait()
-            async with Drivers().make(device, config.device[device]) as driver:
+            async with Drivers().make(device, _polled(config.device[device])) as driver:
                 async with asyncio.timeout(READ_S):
                     now = (await driver.scan())[-1].values.get(tag.partition(".")[2])
                 if not await asyncio.to_thread(confirm, now, ", the gateway is not running"):
@@ -202,6 +202,13 @@ async def _alone(
             memory.close()
             await journal.close()
     return _told(done, tag, wanted)
+
+
+def _polled(device: "AnyDevice") -> "AnyDevice":
+    """Return the device as one that is read whenever it is asked, not when something has changed."""
+    from edgegw.config.schema import OpcUaDevice
+
+    return device.model_copy(update={"mode": "poll"}) if isinstance(device, OpcUaDevice) else device
 
 
 def _told(done: "Alone", tag: str, wanted: "Scalar") -> dict[str, Any]:

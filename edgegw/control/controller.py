@@ -7,16 +7,16 @@ before it is done. A disk that does not take the entry in time does not stop the
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from math import inf
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
 from edgegw import clock
 from edgegw.control import commands, engine, state
-from edgegw.control.engine import Cycle, Planned
+from edgegw.control.cycle import Cycle, Memo, Planned
 from edgegw.control.guard import Limits, same
 from edgegw.control.memory import Memory, MemoryFile, decode
+from edgegw.control.outcomes import Outcomes
 from edgegw.control.plant import Plant
 from edgegw.control.present import present
 from edgegw.control.rule import LinkState
@@ -33,10 +33,6 @@ PATIENCE_S = 0.005
 """How long an act waits for its entry to be durable."""
 SAVE_S = 1.0
 """How soon timers that have begun or ended are saved; what was decided or done is saved at once."""
-SAY_S = 600.0
-"""How often a write that goes on failing is said again, with its count."""
-REPEATS_S = 3600.0
-"""How often the ledger is told how many refreshes there were."""
 
 
 class Ledger(Protocol):
@@ -49,23 +45,6 @@ class Ledger(Protocol):
     async def flush(self) -> None:
         """Return when all of that is durable."""
         ...
-
-
-class Trouble(NamedTuple):
-    """Writes of a setpoint that fail one after the other: for what, how often, and when it was last said."""
-
-    error: str
-    times: int
-    said_s: float
-
-
-class Repeats(NamedTuple):
-    """Refreshes of a setpoint since the ledger was told of them last."""
-
-    value: Scalar
-    cause: str
-    times: int
-    since_s: float
 
 
 class Controller:
@@ -85,12 +64,11 @@ class Controller:
         self._ledger = ledger
         self._link = link
         self._write = write
-        self._memo = engine.Memo(plant)
+        self._memo = Memo(plant)
         self._timed = [rule for rule in plant.rules if rule.for_s]
         self._due = asyncio.Event()
         self._busy: dict[str, asyncio.Task[str | None]] = {}
-        self._repeats: dict[str, Repeats] = {}
-        self._troubles: dict[str, Trouble] = {}
+        self._outcomes = Outcomes(lambda fields: ledger.append(Event(clock.wall_ms(), "write", fields)))
         self._settling: set[asyncio.Task[bool]] = set()
         self._saved: tuple[object, ...] = ()
         self._saving: asyncio.TimerHandle | None = None
@@ -98,6 +76,8 @@ class Controller:
         self._memory = memory
         self._devices = {name.partition(".")[0] for rule in plant.rules for name in rule.inputs}
         self._devices |= {name.partition(".")[0] for name, limits in plant.limits.items() if limits.writable}
+        for device in self._devices:
+            self._learn(device)
         self._restore(memory.load())
 
     @property
@@ -108,18 +88,19 @@ class Controller:
     def touch(self, device: str) -> None:
         """Say that a device has new readings, or none any more."""
         if device in self._devices:
-            types = self._held_types(device)
-            if types is not None and types is not self._learnt.get(device):
-                self._learn(device, types)
+            self._learn(device)
             self._due.set()
 
-    def _learn(self, device: str, types: Mapping[str, str]) -> None:
-        """Keep the limits in the types in which a device holds its setpoints, from now on."""
+    def _learn(self, device: str) -> None:
+        """Keep the limits in the types in which a device says that it holds its setpoints, from now on."""
+        types = self._held_types(device)
+        if types is None or types is self._learnt.get(device):
+            return
         self._learnt[device] = types
         self._plant = self._configured
         for name, known in self._learnt.items():
             self._plant = self._plant.learnt(name, known)
-        self._memo = engine.Memo(self._plant)
+        self._memo = Memo(self._plant)
 
     def wake(self) -> None:
         """Run a cycle soon: something that rules ask for has changed."""
@@ -158,8 +139,7 @@ class Controller:
             self._saving.cancel()
         if self._busy:
             await asyncio.wait(list(self._busy.values()))
-        for setpoint in list(self._repeats):
-            self._repeated(setpoint)
+        self._outcomes.flush_all()
         await self._memory.save(self._remembered())
 
     def cycle(self) -> float | None:
@@ -181,12 +161,12 @@ class Controller:
         now_ms = clock.wall_ms()
         for name, fields in cycle.events:
             if name == "authority":
-                self._repeated(fields["tag"])
+                self._outcomes.flush(fields["tag"])
             self._ledger.append(Event(now_ms, name, fields))
         for planned in cycle.writes:
             if planned.repeat:
                 continue
-            self._repeated(planned.setpoint)
+            self._outcomes.flush(planned.setpoint)
             fields = {
                 "tag": planned.setpoint,
                 "cause": planned.cause,
@@ -209,20 +189,6 @@ class Controller:
         self._settling.add(durable)
         durable.add_done_callback(self._settling.discard)
         return durable
-
-    def _repeated(self, setpoint: str) -> None:
-        """Tell the ledger how often a setpoint was refreshed since it was told last, if it was."""
-        if (repeats := self._repeats.pop(setpoint, None)) is not None:
-            fields = {"tag": setpoint, "cause": repeats.cause, "new": repeats.value, "ok": True}
-            self._ledger.append(Event(clock.wall_ms(), "write", fields | {"repeats": repeats.times}))
-
-    def _refreshed(self, planned: Planned) -> None:
-        """Count a refresh that was confirmed; each hour the ledger is told."""
-        now_s = clock.mono_s()
-        was = self._repeats.get(planned.setpoint) or Repeats(planned.value, planned.cause, 0, now_s)
-        self._repeats[planned.setpoint] = was._replace(times=was.times + 1)
-        if now_s - was.since_s >= REPEATS_S:
-            self._repeated(planned.setpoint)
 
     def _save_soon(self) -> None:
         """Have what must survive saved within SAVE_S, if it has changed or a timer runs."""
@@ -255,52 +221,35 @@ class Controller:
         device, _, tag = planned.setpoint.partition(".")
         outcome: dict[str, Any] = {"tag": planned.setpoint, "cause": planned.cause, "new": planned.value}
         error: str | None = None
+        detail = ""
         try:
             found = await self._write(device, tag, planned.value)
         except DeviceError as failure:
-            error = failure.reason
-            log.debug("%s; written by %s", failure, planned.cause)
+            error, detail = failure.reason, str(failure)
         else:
             outcome["read"] = found
             resolution = self._plant.limits[planned.setpoint].resolution
             if not isinstance(found, bool | int | float | str) or not same(found, planned.value, resolution):
-                error = "read-back"
+                error, detail = "read-back", f"it reads back as {found!r}"
         finally:
             self._busy.pop(planned.setpoint, None)
             self._due.set()
-        if planned.repeat and error is None:
-            self._noted(planned, None)
-            self._refreshed(planned)
-            return None
-        self._repeated(planned.setpoint)
-        outcome |= {"ok": error is None} | ({"error": error} if error else {})
+        now_s = clock.mono_s()
+        outcome["ok"] = error is None
+        if error is None:
+            self.state = state.confirmed(self.state, planned.setpoint, now_s)
+            self._outcomes.confirmed(planned, now_s)
+            if planned.repeat:
+                return None
+        else:
+            value, cause = planned.value, planned.cause
+            self.state = state.failed(self.state, planned.setpoint, value, cause, error, now_s)
+            self._outcomes.flush(planned.setpoint)
+            outcome |= {"error": error, "failures": self._outcomes.failed(planned, error, detail, now_s)}
         if not in_time:
             outcome["late"] = True  # the act went first: the entry of the intent was not yet durable
-        outcome |= self._noted(planned, error)
         self._ledger.append(Event(clock.wall_ms(), "write", outcome))
         return error
-
-    def _noted(self, planned: Planned, error: str | None) -> dict[str, int]:
-        """Have the state know of an outcome, and say a failure when it begins and ends; return how often it was."""
-        setpoint, now_s = planned.setpoint, clock.mono_s()
-        if error is None:
-            self.state = state.confirmed(self.state, setpoint, now_s)
-            if (troubles := self._troubles.pop(setpoint, None)) is not None:
-                log.warning("%s: written again, after %d failures", setpoint, troubles.times)
-            return {}
-        self.state = state.failed(self.state, setpoint, planned.value, planned.cause, error, now_s)
-        before = self._troubles.get(setpoint)
-        count, said_s = (
-            (1, -inf) if before is None or before.error != error else (before.times + 1, before.said_s)
-        )
-        if now_s - said_s >= SAY_S:
-            often = f", {count} times now" if count > 1 else ""
-            log.warning(
-                "%s: %r by %s: not confirmed: %s%s", setpoint, planned.value, planned.cause, error, often
-            )
-            said_s = now_s
-        self._troubles[setpoint] = Trouble(error, count, said_s)
-        return {"failures": count} if count > 1 else {}
 
     # -- commands ----------------------------------------------------------------------------------------
 

@@ -64,10 +64,6 @@ class CommandIds:
         needed = list(self._ids.values())
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._append, noted, needed)
 
-    def close(self) -> None:
-        """Wait for the last id to be written."""
-        self._thread.shutdown(wait=True)
-
     def _forget(self, now_s: float) -> None:
         """Drop ids that expired long ago, and of more than there is room for those that expired first."""
         old = [name for name, noted in self._ids.items() if noted.expires_s + KEEP_S <= now_s]

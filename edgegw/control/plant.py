@@ -24,6 +24,6 @@ class Plant(NamedTuple):
         """Return the plant with the types in which a device says that it holds its tags."""
         finer = dict(self.limits)
         for tag, kind in types.items():
-            limits = finer[f"{device}.{tag}"]
-            finer[f"{device}.{tag}"] = limits._replace(grid=limits.grid.held_as(kind))
+            if (limits := finer.get(f"{device}.{tag}")) is not None:  # a device may have been configured anew
+                finer[f"{device}.{tag}"] = limits._replace(grid=limits.grid.held_as(kind))
         return self._replace(limits=finer)

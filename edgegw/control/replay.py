@@ -9,7 +9,7 @@ from math import inf
 from typing import Any
 
 from edgegw.control import engine, state
-from edgegw.control.engine import Memo
+from edgegw.control.cycle import Memo
 from edgegw.control.plant import Plant
 from edgegw.control.recording import Moment
 from edgegw.control.rule import LinkState
