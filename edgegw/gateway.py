@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import msgspec
 
 from edgegw import __version__, clock
 from edgegw.config.load import journal_path
-from edgegw.config.schema import AnyDevice, Config
+from edgegw.config.schema import AnyDevice, Config, ModbusDevice, OpcUaDevice
 from edgegw.control.build import load_with_rules
 from edgegw.control.command_handler import CommandHandler
 from edgegw.control.controller import Controller
@@ -47,9 +47,23 @@ log = logging.getLogger(__name__)
 
 
 class Timed(msgspec.Struct):
-    """When a record is of, whatever else it holds."""
+    """When a record is of, and of which device, whatever else it holds."""
 
     ts: int
+    device: str = ""
+
+
+def own_times(records: Iterable[Timed], config: Config) -> list[int]:
+    """Return the times that the gateway's own clock gave: events, and readings of devices that give none."""
+    return [
+        record.ts for record in records if not record.device or _timed_here(config.device.get(record.device))
+    ]
+
+
+def _timed_here(device: AnyDevice | None) -> bool:
+    return isinstance(device, ModbusDevice) or (
+        isinstance(device, OpcUaDevice) and device.timestamp == "gateway"
+    )
 
 
 class Gateway:
@@ -171,8 +185,9 @@ class Gateway:
         head = self._journal.head
         for _, body in (await self._journal.read(head, head, 1)).batches if head else ():
             if body is not None:
-                for record in msgspec.json.decode(decode(body).records, type=list[Timed]):
-                    self._commands.seen(record.ts)
+                records = msgspec.json.decode(decode(body).records, type=list[Timed])
+                for ts in own_times(records, self._config):
+                    self._commands.seen(ts)
         self._commands.opened.set()
 
     def _committed(self, committed: Committed) -> None:

@@ -11,9 +11,11 @@ from control_rig import plant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgegw.config.schema import Config
 from edgegw.control import commands
 from edgegw.control.commands import Known
 from edgegw.domain.command import ReplayCommand, Reply, WriteCommand
+from edgegw.gateway import Timed, own_times
 
 CASES = tomllib.loads((Path(__file__).parent / "cases" / "control_commands.toml").read_text())["case"]
 NOW_MS = 1_000_000
@@ -182,3 +184,25 @@ def test_a_command_for_an_unknown_tag_among_many_costs_no_search() -> None:
     answer = commands.read(message, limits=LIMITS, known=Known(), now_ms=NOW_MS)
     assert isinstance(answer, Reply)
     assert (answer.error, answer.asked) == ("battery.kv: no such tag", {"battery.kv": 1.0})
+
+
+def test_a_server_whose_clock_is_years_ahead_makes_no_command_be_refused() -> None:
+    """What a device says of the time says nothing of the gateway's clock."""
+    tags = {"x": {"address": "ns=2;s=X"}}
+    server = {"driver": "opcua", "url": "opc.tcp://127.0.0.1:4840/", "tags": tags}
+    meter = {
+        "driver": "modbus",
+        "url": "tcp://127.0.0.1",
+        "tags": {"x": {"address": "holding:0", "type": "int16"}},
+    }
+    devices = {"plant": server, "here": server | {"timestamp": "gateway"}, "meter": meter}
+    made = Config.model_validate({"gateway": {"id": "a"}, "device": devices})
+    records = [
+        Timed(1, "plant"),
+        Timed(2, "here"),
+        Timed(3, "meter"),
+        Timed(4),
+        Timed(5, "no more"),
+        Timed(6, "window"),
+    ]
+    assert own_times(records, made) == [2, 3, 4]

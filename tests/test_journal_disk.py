@@ -384,15 +384,17 @@ def test_p5_on_a_disk_without_room_the_oldest_go_as_room_demands_and_one_range_n
     hand = Hand(small_disk / "journal.db", journal_config(1024 * MIB, when_full="drop"))
     hand.turn(*(scan(n) for n in range(2_000)))
     fill(small_disk)
-    hand.turn(scan(2_000))
+    while not hand.writer._headroom.confined or hand.writer.error:
+        hand.turn(scan(2_000))
     before = len(hand.told)
     fill(small_disk)
     while not any(gaps_in(one.body, one.stream) for one in hand.told[before:]):
         hand.turn(*(scan(hand.told[-1].batch.last + n, 60, width=3) for n in range(20)))
     sizes = []
-    for _ in range(600):
-        hand.turn(*(scan(hand.told[-1].batch.last + n, 60, width=3) for n in range(10)))
-        sizes.append(sum(batch.size for batch in kept(hand.path).batches.values()))
+    for turn in range(300):
+        hand.turn(*(scan(hand.told[-1].batch.last + n, 60, width=3) for n in range(20)))
+        if turn % 20 == 0:
+            sizes.append(sum(batch.size for batch in kept(hand.path).batches.values()))
     gaps = [gap for one in hand.told for gap in gaps_in(one.body, one.stream)]
     held = kept(hand.path)
     last = max(gap["to"] for gap in gaps)
@@ -400,6 +402,6 @@ def test_p5_on_a_disk_without_room_the_oldest_go_as_room_demands_and_one_range_n
     assert Ranges((gap["from"], gap["to"]) for gap in gaps).covers(1, last)
     assert min(held.bodies) > last - 100, "what is named is gone, and nothing else"
     assert sum(len(gaps_in(body, held.stream)) for body in held.bodies.values()) < 250
-    assert hand.told[-1].batch.last < 2_000 + 601 * 12 + 400, "events about what went are few"
+    assert len(gaps) < 700, "events about what went are few: one a turn, or two"
     assert min(sizes) > max(sizes) / 2, "no more goes than room demands"
     hand.close()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-STABLE_S = 20.0
+STABLE_S = 5.0
 """How long a connection must last to prove itself."""
 MAX_PAUSE_S = 30.0
 FLAPPING = 2

@@ -31,17 +31,18 @@ class Probes:
     """Says when a unit that did not answer may be asked again.
 
     Whoever waits for a dead unit keeps its neighbours waiting. Where no unit answers at all there is nobody to
-    protect, and no pause; a connection with one unit therefore has none. Times are seconds of a monotonic clock.
+    protect, and no pause; a connection with one unit therefore has none. `answering` are the units whose last
+    request was answered: of theirs only an exception need be noted. Times are seconds of a monotonic clock.
     """
 
     def __init__(self) -> None:
-        self._answering: set[int] = set()
+        self.answering: set[int] = set()
         self._failing: dict[int, _Failing] = {}
 
     def check(self, unit: int, now_s: float) -> None:
         """Return if a unit may be asked now; raise NoAnswer, with the reason of its last failure, if not."""
         failing = self._failing.get(unit)
-        if failing is not None and self._answering and now_s < failing.until_s:
+        if failing is not None and self.answering and now_s < failing.until_s:
             raise NoAnswer(
                 failing.reason,
                 f"no answer to {failing.failures} requests ({failing.reason}); "
@@ -54,13 +55,13 @@ class Probes:
         if reason is not None:
             self.failed(unit, reason, now_s, sent_s)
             return
-        self._answering.add(unit)
+        self.answering.add(unit)
         if self._failing:
             self._failing.pop(unit, None)
 
     def failed(self, unit: int, reason: str, now_s: float, sent_s: float) -> None:
         """Note that a unit did not answer a request."""
-        self._answering.discard(unit)
+        self.answering.discard(unit)
         failing = self._failing.setdefault(unit, _Failing(reason, 0, now_s))
         failing.reason = reason
         failing.failures += 1

@@ -255,7 +255,8 @@ class _Wire(asyncio.Protocol):
             except (NoAnswer, asyncio.CancelledError):
                 self._late[tid] = asked
                 raise
-            self._probes.heard(unit, got, self._loop.time(), now_s)
+            if got[0] & 0x80 or unit not in self._probes.answering:
+                self._probes.heard(unit, got, self._loop.time(), now_s)
             return got
         finally:
             self._asked = None
