@@ -60,6 +60,15 @@ def test_the_prefix_is_the_unbroken_run_from_one(steps: list[tuple[bool, tuple[i
     assert ranges.prefix() == next(n for n in range(TOP + 20) if n + 1 not in model)
 
 
+@given(STEPS, STEPS)
+def test_what_is_common_is_in_both(
+    steps: list[tuple[bool, tuple[int, int]]], others: list[tuple[bool, tuple[int, int]]]
+) -> None:
+    (ranges, model), (other, other_model) = build(steps), build(others)
+    assert {n for span in ranges.common(other) for n in numbers(span)} == model & other_model
+    assert ranges.total() == len(model)
+
+
 @given(STEPS, SPANS)
 def test_a_copy_is_equal_and_goes_its_own_way(
     steps: list[tuple[bool, tuple[int, int]]], span: tuple[int, int]

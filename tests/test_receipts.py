@@ -389,7 +389,7 @@ async def test_p2_a_broker_that_dies_between_puback_and_delivery_loses_nothing(
             await ended(broker, signal.SIGKILL)
         with mosquitto(tmp_path, port), receive(port, to) as receiver:
             await acked_to(status, taken)
-            assert run.said("were lost between broker and receiver")
+            assert run.said("were lost between broker and receiver") or run.said("no receipt comes")
             run.send(signal.SIGTERM)
             assert (await asyncio.to_thread(run.end))[0] == 0, run.lines
             await until(lambda: covered(kept).prefix() >= journal_head(tmp_path), "every seq")

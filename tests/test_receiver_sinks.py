@@ -161,6 +161,25 @@ def test_p2_a_restart_knows_what_is_kept(open_sink: Open) -> None:
     sink.close()
 
 
+def test_a_restart_knows_where_a_stream_begins(open_sink: Open) -> None:
+    sink, chain = open_sink(), Chain()
+    chain.data(4)
+    intake = Intake(sink, from_here=True)
+    assert intake.take("edgegw/site-7/data", chain.data(2))
+    intake.commit()
+    (stream,) = intake.report().streams
+    assert (stream.begins, stream.missing, stream.ok) == (5, [], True)
+    if isinstance(sink, NdjsonSink):
+        return
+    sink.close()
+    sink = open_sink()
+    assert list(sink.beginnings()) == [(KEY, 5)]
+    for from_here in (False, True):
+        (stream,) = Intake(sink, from_here=from_here).report().streams
+        assert (stream.begins, stream.missing, stream.ok) == (5, [], True)
+    sink.close()
+
+
 def test_what_was_not_committed_is_not_kept(open_sink: Open) -> None:
     sink = open_sink()
     sink.add(read(Chain().data(2)), 0)

@@ -69,6 +69,7 @@ class Drain:
         sizes.connected(connection.maximum_packet_size, len(f"{topic}/backfill"))
         journal.limit_message(largest_json(sizes.limit, packed=self._packs))
         self._aside = Ranges()
+        self._alone: tuple[deque[Waiting], Way] | None = None  # whose first waits for an empty window
 
     @property
     def in_flight(self) -> list[int]:
@@ -163,11 +164,13 @@ class Drain:
 
     def _send(self) -> None:
         """Publish as much as the window takes: live batches, then the backlog, then what is sent again."""
+        if self._alone is not None and not self._full:
+            (waiting, way), self._alone = self._alone, None
+            if waiting:
+                self._send_first(waiting, way)
         while self._live and not self._full:
-            batch = self._live[0].batch
             if not self._send_first(self._live, Way.LIVE):
                 return
-            self._live_bytes -= batch.size
         if self._feeder.held:
             return
         backlog = self._feeder.backlog
@@ -193,7 +196,8 @@ class Drain:
     @property
     def _full(self) -> bool:
         """Whether nothing more may be on the way, be it that one must be alone there."""
-        return self._window.full or self._sizes.trial is not None
+        waits = self._alone is not None and len(self._window) > 0
+        return self._window.full or waits or self._sizes.trial is not None
 
     @property
     def _waits_for_receipts(self) -> bool:
@@ -206,9 +210,11 @@ class Drain:
         fate = self._sizes.fate(len(payload), clock.mono_s())
         if fate is Fate.ALONE:
             if self._window or self._outbox:
+                self._alone = waiting, way
                 return False
             self._sizes.try_alone(len(payload), clock.mono_s())
         waiting.popleft()
+        self._live_bytes -= batch.size if way is Way.LIVE else 0
         if fate is Fate.ASIDE:
             self._hold_aside(batch, len(payload), way)
         else:

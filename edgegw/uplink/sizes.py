@@ -50,13 +50,11 @@ class Sizes:
         self._retry_s = RETRY_S
 
     def connected(self, maximum_packet_size: int | None, longest_topic: int) -> None:
-        """Begin with a new connection: what got through an earlier one proves nothing."""
+        """Begin with a new connection."""
         if maximum_packet_size is not None:
             self.told = maximum_packet_size - longest_topic - PACKET_OVERHEAD
         else:
             self.told = None
-        self._proven, self.trial = 0, None
-        self._acknowledged.clear()
 
     @property
     def limit(self) -> int | None:
@@ -113,10 +111,14 @@ class Sizes:
         """Note that the connection ended with messages of these sizes in flight, after it had been `stable` or not."""
         self.settle(now_s)
         trial, self.trial = self.trial, None
-        in_flight = [*in_flight, *(size for _, size in self._acknowledged)]
+        largest = max([*in_flight, *(size for _, size in self._acknowledged)], default=0)
+        doubtful = largest > max(MIN_LIMIT, self._proven)
+        self._acknowledged.clear()
         if stable:
             self._retry_at_s = now_s  # the broker may have been restarted, and accept more
-        if max(in_flight, default=0) <= max(MIN_LIMIT, self._proven):
+        else:
+            self._proven = 0  # or less
+        if not doubtful:
             return
         self._strikes += 1
         if trial is not None and (self._strikes >= STRIKES or now_s - self._trial_s <= PROMPT_S):
