@@ -124,6 +124,17 @@ async def test_acknowledged_batches_are_settled_and_stay_so(tmp_path: Path) -> N
         assert (await journal.condition())[1:5] == (5, 2, 2, 2)
 
 
+async def test_reading_before_the_first_record_damages_nothing(tmp_path: Path) -> None:
+    async with opened(tmp_path / "journal.db") as (journal, listener):
+        journal.append(scan(1))
+        await journal.flush()
+        stream = journal.stream
+        assert (await journal.read(0, 0, 1)).batches == []
+        journal.append(scan(2))
+        await journal.flush()
+        assert journal.stream == stream
+
+
 async def test_an_acknowledgement_of_another_stream_settles_nothing_here(tmp_path: Path) -> None:
     async with opened(tmp_path / "old.db") as (journal, listener):
         await listener.until(1)

@@ -350,5 +350,6 @@ class Journal:
 
     def _doubt(self, stream: str, settled: Ranges, first: int, last: int) -> None:
         """Tell the writer of a hole, unless what stood there was settled; it may know better meanwhile."""
+        first = max(1, first)  # before the first there is nothing to be missed
         if first <= last and not settled.covers(first, last):
             self._inbox.tell(Damage(stream, f"records {first} to {last} are not there", first, last))
