@@ -125,7 +125,7 @@ async def test_acknowledged_batches_are_settled_and_stay_so(tmp_path: Path) -> N
 
 
 async def test_reading_before_the_first_record_damages_nothing(tmp_path: Path) -> None:
-    async with opened(tmp_path / "journal.db") as (journal, listener):
+    async with opened(tmp_path / "journal.db") as (journal, _):
         journal.append(scan(1))
         await journal.flush()
         stream = journal.stream
