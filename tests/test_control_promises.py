@@ -593,7 +593,9 @@ async def test_p8_a_clock_that_stands_before_the_journals_records_lets_no_comman
         "DONT_FAKE_MONOTONIC=1",
     )
     async with site() as plant:
-        made = configuration(plant, {}, broker_port=port)
+        made = configuration(
+            plant, {}, broker_port=port, limits={}
+        )  # a link that is slow to come leaves nothing
         with mosquitto(tmp_path, port), Operator(port) as operator:
             with running(tmp_path, made) as first:
                 await event(tmp_path, "link", state="online")
