@@ -421,7 +421,7 @@ async def test_p8_commands_act_once_and_are_answered(tmp_path: Path) -> None:
     """Answers on both topics, the same message twice, the same id otherwise, a SIGKILL between, a retained one."""
     port = free_port()
     async with site() as plant:
-        made = configuration(plant, {}, broker_port=port)
+        made = configuration(plant, {}, broker_port=port, uplink={"reply_prefix": "answers/"})
         with mosquitto(tmp_path, port), Operator(port) as operator:
             operator.send(command("kept", {"battery.setpoint": 44.0}), retain=True)
             with running(tmp_path, made) as run:

@@ -182,6 +182,7 @@ async def test_two_gateways_of_one_id_do_not_crash(tmp_path: Path, meter: Field)
         await until(
             lambda: a.said("records stay in the journal") and b.said("records stay in the journal"),
             "takeovers",
+            60.0,
         )
         assert not a.said("crashed")
         assert not b.said("crashed")

@@ -109,6 +109,7 @@ class Uplink(Model):
     reconnect_jitter: Duration = Duration(5_000)
     island_after: Duration = Duration(30_000)
     hand_back: Literal["release", "hold"] = "release"
+    reply_prefix: str = ""
 
     @field_validator("url")
     @classmethod
@@ -128,6 +129,13 @@ class Uplink(Model):
                 f"found {topic!r}; expected a topic without wildcards, {{gateway}} its only placeholder"
             )
         return topic
+
+    @field_validator("reply_prefix")
+    @classmethod
+    def _reply_prefix(cls, prefix: str) -> str:
+        if any(c in prefix for c in "+#\0"):
+            raise ValueError(f"found {prefix!r}; expected the beginning of a topic, without wildcards")
+        return prefix
 
     @field_validator("max_message")
     @classmethod

@@ -25,6 +25,8 @@ KEEPALIVE_S = 15
 CONNECT_S = 10.0
 VERSION_S = 4.0
 """How long a broker may keep silent to a CONNECT of MQTT 5 before 3.1.1 is tried: some old ones just do."""
+MAX_INCOMING_BYTES = 256 * 1024
+"""The largest message accepted from a broker: what a command or an acknowledgement of many ranges takes, and some."""
 _PROTOCOLS = {"5": MQTTProtocolVersion.MQTTv5, "3.1.1": MQTTProtocolVersion.MQTTv311}
 
 
@@ -138,7 +140,9 @@ class Connection:
         """Connect and wait for the broker's word; raise UplinkError."""
         try:
             async with asyncio.timeout(CONNECT_S):
-                await asyncio.to_thread(self._client.connect, self._host, self._port, KEEPALIVE_S)
+                await asyncio.to_thread(
+                    self._client.connect, self._host, self._port, KEEPALIVE_S, properties=self._requests()
+                )
         except TimeoutError:
             raise UplinkError(f"uplink {self.url}: no connection in {CONNECT_S:.0f} s") from None
         except ssl.SSLError as error:
@@ -153,6 +157,14 @@ class Connection:
         except TimeoutError:
             kind = ProtocolRefused if self._v5 else UplinkError
             raise kind(f"uplink {self.url}: connected, but no answer in {patience_s:.0f} s") from None
+
+    def _requests(self) -> Properties | None:
+        """Return what is asked of an MQTT 5 broker: to discard what would be too large for us."""
+        if not self._v5:
+            return None
+        requests = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        requests.MaximumPacketSize = MAX_INCOMING_BYTES
+        return requests
 
     def subscribe(self, topic: str, take: Callable[[Incoming], None]) -> None:
         """Have `take` called with each message on a topic, which holds no wildcard."""
@@ -238,10 +250,15 @@ class Connection:
         self.acknowledged(mid, Ack(not reason.is_failure, reason.value != 0x10, str(reason)))
 
     def _on_message(self, client: Any, userdata: Any, message: paho.MQTTMessage) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            self._end("the broker sent a topic that is not UTF-8")
+            return
         properties = message.properties
         answer_to = getattr(properties, "ResponseTopic", None)
         correlation = getattr(properties, "CorrelationData", None)
-        if (take := self._takers.get(message.topic)) is not None:
+        if (take := self._takers.get(topic)) is not None:
             take(Incoming(bytes(message.payload), message.retain, answer_to, correlation))
 
     def _on_socket_open(self, client: Any, userdata: Any, sock: Any) -> None:
@@ -255,6 +272,17 @@ class Connection:
 
     def _readable(self) -> None:
         self._client.loop_read()
+        # paho has no limit for either (2.1): a packet is read to its end whatever its size, and messages of QoS 2,
+        # for which nobody subscribed, are kept until the broker releases them
+        if self._client._in_packet["remaining_length"] > MAX_INCOMING_BYTES:
+            self._end(f"the broker sent a message of more than {MAX_INCOMING_BYTES} bytes")
+        elif self._client._in_messages:
+            self._end("the broker sent a message of QoS 2, to a subscription of QoS 1")
+
+    def _end(self, why: str) -> None:
+        """End a connection whose broker does what it must not; paho may be in the middle of a packet."""
+        self._lose(why)
+        self._loop.call_soon(self.drop)
 
     def _on_socket_close(self, client: Any, userdata: Any, sock: Any) -> None:
         if self._loop.is_closed():

@@ -24,6 +24,7 @@ from edgegw.uplink.link import Link, advance
 from edgegw.uplink.outbox import Notice, Outbox
 from edgegw.uplink.receipts import Receipts
 from edgegw.uplink.replay import Replays
+from edgegw.uplink.reply_topics import reply_topics
 from edgegw.uplink.sizes import Sizes
 
 log = logging.getLogger(__name__)
@@ -255,9 +256,10 @@ class UplinkService:
         if outbox is not self._outbox:
             return  # the connection that asked is gone
         body = msgspec.json.encode(reply.wire())
-        for topic in {f"{self._config.topic}/reply", incoming.answer_to} - {None}:
+        prefix = self._config.uplink.reply_prefix
+        for topic in reply_topics(self._config.topic, incoming.answer_to, prefix):
             outbox.send(
-                Notice(str(topic), body, content_type="application/json", correlation=incoming.correlation)
+                Notice(topic, body, content_type="application/json", correlation=incoming.correlation)
             )
 
     def _status(self, state: str) -> tuple[str, bytes]:
