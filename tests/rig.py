@@ -37,13 +37,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def set_fake_clock(file: Path, offset: str) -> None:
-    """Move the clock of programs under libfaketime; they may read the file at any moment, and never half of it."""
-    beside = file.with_name(f"{file.name}.new")
-    beside.write_text(offset)
-    beside.replace(file)
-
-
 def until(condition: Callable[[], Any], what: str) -> None:
     """Wait for a condition; fail with `what` when the deadline passes."""
     deadline_s, pause = time.monotonic() + DEADLINE_S, threading.Event()

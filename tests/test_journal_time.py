@@ -16,7 +16,7 @@ from gateway_rig import config as gateway_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from journal_rig import MIB, Hand, chain, config, kept
-from rig import free_port, mosquitto, needs_mosquitto, set_fake_clock
+from rig import free_port, mosquitto, needs_mosquitto
 
 from edgegw import clock
 from edgegw.domain.batch import decode
@@ -235,7 +235,7 @@ async def test_a_clock_that_steps_under_a_gateway_is_told_and_followed_by_nothin
         )
         with mosquitto(tmp_path, port), Subscriber(port) as seen, gateway(tmp_path, made, *fake) as run:
             for step, offset in enumerate(("+0", "+3600", "+0")):
-                set_fake_clock(stamp, offset)
+                stamp.write_text(offset)
                 await until(lambda step=step: len(steps(seen)) == step, "the step to be told")
                 count = meter.counts[1]
                 await until(lambda count=count: meter.counts[1] > count + 20, "scans", 5.0)
