@@ -1,5 +1,7 @@
 """The error tree: the type tells what to do about it."""
 
+from typing import Self
+
 
 class EdgegwError(Exception):
     """Anything edgegw raises on purpose; its text is fit for an operator."""
@@ -26,6 +28,10 @@ class DeviceError(EdgegwError):
         super().__init__(detail)
         self.reason = reason
 
+    def located(self, where: str) -> Self:
+        """Return the same error with the place, such as the device's name, before its text."""
+        return type(self)(self.reason, f"{where}: {self}")
+
 
 class NotConnected(DeviceError):
     """There is no connection to the device right now; a new one is being tried with back-off."""
@@ -48,7 +54,19 @@ class BadAnswer(DeviceError):
 
 
 class Refused(DeviceError):
-    """The device answered that it will not; it is alive."""
+    """The device answered that it will not; it is alive.
+
+    `final` tells that the same request would be refused again: the device has no such point, forbids it, or no value
+    like that fits. Else it is busy or failed, and may do it later.
+    """
+
+    def __init__(self, reason: str, detail: str, *, final: bool = True) -> None:
+        super().__init__(reason, detail)
+        self.final = final
+
+    def located(self, where: str) -> Self:
+        """Return the same error with the place before its text."""
+        return type(self)(self.reason, f"{where}: {self}", final=self.final)
 
 
 class Unconfirmed(DeviceError):

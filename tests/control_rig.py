@@ -78,6 +78,8 @@ class Site:
         """When readings count as seen; None: when they are."""
         self.link: LinkState = "online"
         self.broken: set[str] = set()
+        self.denied: set[str] = set()
+        """Setpoints that the device refuses for good."""
         self.away: set[str] = set()
         self.held: set[str] = set()
         self.due_s: float | None = None
@@ -146,7 +148,12 @@ class Site:
             word = "refresh" if repeat else "write"
             lines.append(f"{word} {setpoint} {shown(old)} -> {shown(value)} by {cause}")
             self.written.append((self.at_s, setpoint, value, self.values.get(setpoint)))
-            if setpoint in self.broken or setpoint.partition(".")[0] in self.away:
+            if setpoint in self.denied:
+                self.state = state.failed(
+                    self.state, setpoint, value, cause, "illegal-address", self.now_s, final=True
+                )
+                lines.append(f"denied {setpoint}")
+            elif setpoint in self.broken or setpoint.partition(".")[0] in self.away:
                 self.state = state.failed(self.state, setpoint, value, cause, "timeout", self.now_s)
                 lines.append(f"unconfirmed {setpoint}")
             else:

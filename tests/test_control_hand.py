@@ -16,6 +16,7 @@ import pytest
 from control_field import (
     BATTERY,
     RELAY,
+    SETPOINT,
     Operator,
     command,
     configuration,
@@ -25,6 +26,7 @@ from control_field import (
     site,
     stop,
 )
+from field import frame
 from gateway_rig import until
 from rig import MOSQUITTO, ROOT, Process, free_port, mosquitto
 
@@ -166,6 +168,44 @@ async def test_a_running_gateway_writes_holds_and_refuses(tmp_path: Path) -> Non
         (True, ok) for ok in (True, True, False, False, False)
     ]
     assert not (tmp_path / "journal.db.sock").exists()
+
+
+async def test_p8_a_write_that_its_device_refuses_for_good_is_made_once_and_the_answer_says_so(
+    tmp_path: Path,
+) -> None:
+    """Another value, another command, or the device's return after an outage: then it is tried anew."""
+
+    async def refuses(tid: int, unit: int, pdu: bytes) -> bytes | None:
+        answer = await plant.answer(tid, unit, pdu)
+        if pdu[0] == 16:
+            plant.set(12.0, BATTERY, SETPOINT)
+            return frame(tid, unit, bytes((0x90, 2)))
+        return answer
+
+    async with site() as plant:
+        plant.field.behave[BATTERY] = refuses
+        with running(tmp_path, configuration(plant, {})) as run:
+            await plant.scanned(3, BATTERY)
+            await until((tmp_path / "journal.db.sock").exists, "the socket")
+            first = await write(tmp_path, "battery.setpoint", "30")
+            began = len(plant.scans[BATTERY])
+            await until(lambda: len(plant.scans[BATTERY]) > began + 50, "scans after the refusal", 60.0)
+            assert len(plant.frames) == 1
+            second = await write(tmp_path, "battery.setpoint", "31")
+            assert plant.values() == [30.0, 31.0]
+            plant.field.behave[BATTERY] = plant.field.silent
+            await event(tmp_path, "device-down", device="battery")
+            plant.field.behave[BATTERY] = refuses
+            await until(lambda: len(plant.frames) == 3, "the same once the device is back", 60.0)
+            await stop(run)
+            said = [line for line in run.lines if "not confirmed" in line]
+    assert plant.values() == [30.0, 31.0, 31.0]
+    for code, answer, _ in (first, second):
+        assert (code, answer["ok"]) == (1, False)
+        assert "refused by the device: illegal-address; it is not tried again until" in answer["error"]
+    assert len(said) == 1, said
+    assert "not tried again until something changes" in said[0]
+    assert all(e["final"] for e in records(tmp_path, "write") if e.get("ok") is False)
 
 
 async def test_a_lease_by_hand_ends_in_safe_and_an_islanded_link_ends_nothing(tmp_path: Path) -> None:

@@ -351,7 +351,7 @@ async def test_p8_a_write_that_fails_the_same_way_is_made_ever_more_rarely_and_s
         answer = await plant.answer(tid, unit, pdu)
         if pdu[0] == 16:
             plant.set(12.0, BATTERY, SETPOINT)
-            return frame(tid, unit, bytes((0x90, 2))) if how == "refuses" else answer
+            return frame(tid, unit, bytes((0x90, 4))) if how == "refuses" else answer
         return answer
 
     async with site() as plant:

@@ -11,7 +11,7 @@ from control_rig import Site, plant
 from edgegw.config.units import Duration
 
 FILE = tomllib.loads((Path(__file__).parent / "cases" / "control_steps.toml").read_text())
-ROW = {"at", "see", "mute", "lost", "link", "broken", "command", "restart", "expect", "holds"}
+ROW = {"at", "see", "mute", "lost", "link", "broken", "denied", "command", "restart", "expect", "holds"}
 CASE = {"name", "tags", "every", "held", "hand_back", "rule", "rows"}
 
 
@@ -45,6 +45,7 @@ def play(site: Site, row: dict[str, Any]) -> list[str]:
     happened = site.until(row["at"])
     site.link = row.get("link", site.link)
     site.broken = set(row.get("broken", site.broken))
+    site.denied = set(row.get("denied", site.denied))
     if "restart" in row:
         site.restart(before_s, reboot=row["restart"] == "reboot")
     for name, value in row.get("see", {}).items():

@@ -411,6 +411,7 @@ async def test_a_bad_status_is_a_refusal_and_nothing_is_repeated(
         with pytest.raises(Refused) as caught:
             await driver.write("double", 7.0)
         assert caught.value.reason == reason
+        assert caught.value.final == (reason != "too-many-operations")
         assert len(await field.writes()) == 1
         await field.on_write("well")
         assert await driver.write("double", 8.0) == 8.0, "on the same connection"

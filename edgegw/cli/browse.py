@@ -37,7 +37,7 @@ def command(device: str, config_path: Path | None, start: str, depth: int, most:
     try:
         entries = asyncio.run(_entries(url, timeout_s, start, depth, most + 1))
     except DeviceError as error:
-        raise type(error)(error.reason, f"{name} ({url}): {error}") from None
+        raise error.located(f"{name} ({url})") from None
     if as_json:
         print_json([entry._asdict() for entry in entries[:most]])
     else:

@@ -25,7 +25,7 @@ from edgegw.domain.command import Reply, WriteCommand
 from edgegw.domain.image import Image
 from edgegw.domain.record import Event, Record
 from edgegw.domain.tag import Scalar, Value
-from edgegw.errors import DeviceError
+from edgegw.errors import DeviceError, Refused
 
 log = logging.getLogger(__name__)
 
@@ -222,10 +222,12 @@ class Controller:
         outcome: dict[str, Any] = {"tag": planned.setpoint, "cause": planned.cause, "new": planned.value}
         error: str | None = None
         detail = ""
+        final = False
         try:
             found = await self._write(device, tag, planned.value)
         except DeviceError as failure:
             error, detail = failure.reason, str(failure)
+            final = isinstance(failure, Refused) and failure.final
         else:
             outcome["read"] = found
             resolution = self._plant.limits[planned.setpoint].resolution
@@ -243,9 +245,10 @@ class Controller:
                 return None
         else:
             value, cause = planned.value, planned.cause
-            self.state = state.failed(self.state, planned.setpoint, value, cause, error, now_s)
+            self.state = state.failed(self.state, planned.setpoint, value, cause, error, now_s, final=final)
             self._outcomes.flush(planned.setpoint)
-            outcome |= {"error": error, "failures": self._outcomes.failed(planned, error, detail, now_s)}
+            times = self._outcomes.failed(planned, error, detail, now_s, final=final)
+            outcome |= {"error": error, "failures": times} | ({"final": True} if final else {})
         if not in_time:
             outcome["late"] = True  # the act went first: the entry of the intent was not yet durable
         self._ledger.append(Event(clock.wall_ms(), "write", outcome))
@@ -267,8 +270,12 @@ class Controller:
             error = failure.error if failure is not None else None
             if busy_now is not None:
                 error = await asyncio.shield(busy_now)
+                failure = self.state.failures.get(setpoint)
             if error is not None:
-                return Reply(asked.id, False, f"{setpoint}: not confirmed: {error}; it is tried again")
+                final = failure is not None and failure.final
+                what = "refused by the device" if final else "not confirmed"
+                then = "it is not tried again until something changes" if final else "it is tried again"
+                return Reply(asked.id, False, f"{setpoint}: {what}: {error}; {then}")
         return Reply(asked.id, True)
 
     def objection(self, asked: WriteCommand) -> str | None:

@@ -246,6 +246,8 @@ class _Step:
             if owner == was:
                 continue
             self.events.append(("authority", {"tag": setpoint, "owner": owner, "was": was}))
+            if (failure := self.failures.get(setpoint)) is not None and failure.final:
+                self.failures[setpoint] = failure._replace(final=False)  # somebody asks anew: it may be tried
             if owner is None:
                 del self.owners[setpoint]
             else:
@@ -292,7 +294,8 @@ class _Step:
         latest, failure = self.image.get(demand.setpoint.partition(".")[0]), self._failure(demand.setpoint)
         due_s = self.now_s
         if history.at_s is not None and failure is not None:
-            due_s = min(history.at_s + refresh_s, failure.retry_s(wanted, demand.cause))
+            due_s = failure.retry_s(wanted, demand.cause)
+            due_s = due_s if failure.final else min(history.at_s + refresh_s, due_s)
         elif history.at_s is not None and history.value is not None:
             away = latest is not None and latest.since_s > history.at_s
             due_s = self.now_s if away else history.at_s + refresh_s

@@ -51,19 +51,20 @@ class Outcomes:
             if now_s - was.since_s >= REPEATS_S:
                 self.flush(planned.setpoint)
 
-    def failed(self, planned: Planned, error: str, detail: str, now_s: float) -> int:
+    def failed(self, planned: Planned, error: str, detail: str, now_s: float, *, final: bool = False) -> int:
         """Note a write that was not confirmed; return how many there were of this setpoint, one after the other."""
         was = self._troubles.get(planned.setpoint)
         times, said_s = (1, -inf) if was is None or was.error != error else (was.times + 1, was.said_s)
         if now_s - said_s >= SAY_S:
             often = f", {times} times now" if times > 1 else ""
             log.warning(
-                "%s: %r by %s: not confirmed: %s%s",
+                "%s: %r by %s: not confirmed: %s%s%s",
                 planned.setpoint,
                 planned.value,
                 planned.cause,
                 detail,
                 often,
+                "; not tried again until something changes" if final else "",
             )
             said_s = now_s
         self._troubles[planned.setpoint] = Trouble(error, times, said_s)

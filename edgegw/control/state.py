@@ -52,18 +52,29 @@ class Refusal(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """A write that was not confirmed: what was written for whom, why it failed, how often in a row, when last."""
+    """A write that was not confirmed: what was written for whom, why it failed, how often in a row, when last.
+
+    It is `final` if the device refused it in a way that the same write would be refused again.
+    """
 
     value: Scalar
     cause: str
     error: str
     times: int
     at_s: float
+    final: bool = False
 
     def retry_s(self, value: Scalar, cause: str) -> float:
-        """Return when a write may follow: soon if it is another one, ever later if it is the same."""
-        same = (value, cause) == (self.value, self.cause)
-        return self.at_s + (min(RETRY_MOST_S, RETRY_S * 2.0 ** min(self.times - 1, 30)) if same else RETRY_S)
+        """Return when a write may follow: soon if it is another one, ever later if it is the same.
+
+        What was refused for good is not written again; another value for the same cause follows ever later.
+        """
+        same = value == self.value
+        if cause != self.cause or not (same or self.final):
+            return self.at_s + RETRY_S
+        if same and self.final:
+            return inf
+        return self.at_s + min(RETRY_MOST_S, RETRY_S * 2.0 ** min(self.times - 1, 30))
 
 
 class State(NamedTuple):
@@ -79,12 +90,14 @@ class State(NamedTuple):
     began_s: float = -inf
 
 
-def failed(state: State, setpoint: str, value: Scalar, cause: str, error: str, now_s: float) -> State:
+def failed(
+    state: State, setpoint: str, value: Scalar, cause: str, error: str, now_s: float, *, final: bool = False
+) -> State:
     """Note that a write was not confirmed: what the setpoint holds is not known until it is read again."""
     history = state.histories.get(setpoint, History())._replace(value=None, since_s=now_s)
     was = state.failures.get(setpoint)
-    again = was is not None and (was.value, was.cause, was.error) == (value, cause, error)
-    failure = Failure(value, cause, error, was.times + 1 if was is not None and again else 1, now_s)
+    again = was is not None and (was.cause, was.error) == (cause, error) and (final or was.value == value)
+    failure = Failure(value, cause, error, was.times + 1 if was is not None and again else 1, now_s, final)
     return state._replace(
         histories={**state.histories, setpoint: history}, failures={**state.failures, setpoint: failure}
     )

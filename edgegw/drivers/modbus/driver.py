@@ -97,7 +97,7 @@ class ModbusDriver:
         try:
             return await self._scan()
         except DeviceError as error:
-            raise type(error)(error.reason, f"{self._where}: {error}") from None
+            raise error.located(self._where) from None
 
     async def write(self, tag: str, value: Scalar) -> Value:
         """Write one tag, at most once, and return what reading it back gives; raise DeviceError."""
@@ -117,7 +117,7 @@ class ModbusDriver:
                 await self._send(transport, request)
                 return await self._read_back(transport, read)
         except DeviceError as error:
-            raise type(error)(error.reason, f"{self._where}: {tag}: {error}") from None
+            raise error.located(f"{self._where}: {tag}") from None
 
     async def check(self) -> str:
         """Connect, read once, and return a line that says what was found."""

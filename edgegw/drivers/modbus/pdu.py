@@ -16,6 +16,8 @@ EXCEPTIONS = {
     11: "gateway-target-silent",
 }
 """Exception codes (Modbus Application Protocol 1.1b3, 7) as reasons."""
+FINAL = frozenset({1, 2, 3})
+"""Exception codes that say that the same request would be refused again."""
 
 
 def read_request(function: int, start: int, count: int) -> bytes:
@@ -74,7 +76,7 @@ def _check_function(function: int, answer: bytes) -> None:
         return
     if len(answer) == 2 and answer[0] == function | 0x80:
         reason = EXCEPTIONS.get(answer[1], f"exception-{answer[1]}")
-        raise Refused(reason, f"exception {answer[1]} ({reason})")
+        raise Refused(reason, f"exception {answer[1]} ({reason})", final=answer[1] in FINAL)
     raise BadAnswer(
         "wrong-function", f"an answer to function {answer[0] if answer else None}; expected {function}"
     )

@@ -96,7 +96,7 @@ class OpcUaDriver:
             await connection.write(node, writing.encode(point, value, kind))
             return await self._read_back(connection, point, node)
         except DeviceError as error:
-            raise type(error)(error.reason, f"{self._where}: {tag}: {error}") from error
+            raise error.located(f"{self._where}: {tag}") from error
 
     async def _read_back(self, connection: Connection, point: OpcUaTag, node: ua.NodeId) -> Value:
         try:
@@ -258,4 +258,4 @@ class OpcUaDriver:
         self._news.set()
 
     def _located(self, error: DeviceError) -> DeviceError:
-        return type(error)(error.reason, f"{self._where}: {error}")
+        return error.located(self._where)

@@ -26,6 +26,14 @@ _SESSION_GONE = frozenset({
 })  # fmt: skip
 """Status codes after which nothing more can be asked on this connection."""
 
+FINAL = frozenset({
+    StatusCodes.BadUserAccessDenied, StatusCodes.BadNotWritable, StatusCodes.BadNotReadable,
+    StatusCodes.BadNodeIdUnknown, StatusCodes.BadNodeIdInvalid, StatusCodes.BadAttributeIdInvalid,
+    StatusCodes.BadTypeMismatch, StatusCodes.BadOutOfRange, StatusCodes.BadWriteNotSupported,
+    StatusCodes.BadNotSupported, StatusCodes.BadNotImplemented, StatusCodes.BadSecurityModeInsufficient,
+})  # fmt: skip
+"""Status codes of a write that would be refused in the same way again (OPC UA Part 4, 5.11.4.4)."""
+
 
 def ours(error: BaseException, doing: str, timeout_s: float) -> DeviceError:
     """Return the error to raise for one of asyncua's, met while doing something."""
@@ -52,7 +60,7 @@ def ours(error: BaseException, doing: str, timeout_s: float) -> DeviceError:
             )
         case UaStatusCodeError():
             why = values.reason(error.code)
-            return Refused(why, f"the server refuses: {why} ({doing})")
+            return Refused(why, f"the server refuses: {why} ({doing})", final=error.code in FINAL)
         case _:
             return BadAnswer(
                 "bad-answer", f"found an answer that is not OPC UA, or broken ({doing}): {error}"

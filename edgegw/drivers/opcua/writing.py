@@ -10,6 +10,7 @@ from asyncua.ua.status_codes import StatusCodes
 from edgegw.config.schema import OpcUaTag
 from edgegw.domain.tag import Scalar
 from edgegw.drivers.opcua import values
+from edgegw.drivers.opcua.failures import FINAL
 from edgegw.errors import DeviceError, Refused, Unconfirmed
 
 _NO_NODE = frozenset({
@@ -98,7 +99,7 @@ def failure(status: int) -> DeviceError:
     why = values.reason(status)
     if status & values.CODE_BITS in _UNDECIDED:
         return unconfirmed(why, f"the server says {why}")
-    return Refused(why, f"the server refuses: {why}")
+    return Refused(why, f"the server refuses: {why}", final=status & values.CODE_BITS in FINAL)
 
 
 def unconfirmed(reason: str, detail: str) -> Unconfirmed:
