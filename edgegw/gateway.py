@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from edgegw import __version__, clock
-from edgegw.config.load import journal_path
+from edgegw.config.load import digest, fingerprint, journal_path
 from edgegw.config.schema import AnyDevice, Config, ModbusDevice, OpcUaDevice
 from edgegw.control.build import load_with_rules
 from edgegw.control.command_handler import CommandHandler
@@ -40,10 +40,17 @@ from edgegw.scan.schedule import first_delays
 from edgegw.series.build import specs
 from edgegw.series.windows import Windows
 from edgegw.status.server import StatusServer
+from edgegw.status.service import Current, StatusService
 from edgegw.uplink.link import Link
 from edgegw.uplink.uplink import UplinkService
 
 log = logging.getLogger(__name__)
+
+
+READ_S = 20.0
+"""How long a reading that is asked for may take."""
+RESTART = ("gateway", "journal", "uplink", "status")
+"""Sections of the configuration that a reload does not take up."""
 
 
 class Timed(msgspec.Struct):
@@ -72,7 +79,8 @@ class Gateway:
     def __init__(self, config: Config, plant: Plant, config_path: Path) -> None:
         self._config = config
         self._config_path = config_path
-        self._started_ms = clock.wall_ms()
+        self._digest = digest(config_path)
+        self._stale_after_s = plant.stale_after_s
         self._drivers = Drivers()
         self._learning: dict[str, LearnsTypes] = {}
         self._services = Supervisor()
@@ -84,14 +92,17 @@ class Gateway:
         self._control = self._controller(plant)
         ids = CommandIds(path.with_name(path.name + ".ids"))
         self._commands = CommandHandler(lambda: self._control, ids, self._journal, self._uplink)
+        self._windows = Windows(
+            specs(config), self._journal, self._image, lambda name: self._control.touch(name)
+        )
+        self._status = StatusService(
+            config_path, self._current, self._journal, self._image, self._uplink, self._windows
+        )
         self._hand = HandService(
             path.with_name(path.name + ".sock"),
             lambda line, by: self._commands.command(line, by=by),
             lambda tag: self._control.show(tag),
-            tending.requests(self._journal),
-        )
-        self._windows = Windows(
-            specs(config), self._journal, self._image, lambda name: self._control.touch(name)
+            {**tending.requests(self._journal), "status": self._answer_status, "read": self._answer_read},
         )
         self._notifier = Notifier()
         delays = first_delays(config.device)
@@ -116,7 +127,7 @@ class Gateway:
         self._journal.listen(self._committed)
         self._journal.start()
         began = {"version": __version__, **self._journal.era.wire()}
-        self._record(Event(self._started_ms, "start", began))
+        self._record(Event(self._status.started_ms, "start", began))
         self._services.start("newest", self._see_newest)
         self._services.start("uplink", self._uplink.run)
         self._services.start("control", self._control.run)
@@ -126,8 +137,9 @@ class Gateway:
         self._services.start("windows", self._windows.run)
         for name, scanner in self._scanners.items():
             self._services.start(f"device.{name}", scanner.run)
+        self._services.start("health", self._status.run)
         if self._config.status.http:
-            self._services.start("status", StatusServer(self._config.status.http, self.snapshot).run)
+            self._services.start("status", StatusServer(self._config.status.http, self._status).run)
         if self._notifier.watchdog_s is not None:
             self._services.start("watchdog", self._watchdog)
         self._notifier.send("READY=1", "STATUS=polling")
@@ -172,6 +184,7 @@ class Gateway:
             lambda device: self._control.touch(device),
             reporter(device),
             delay_s,
+            tags=len(device.tags),
         )
 
     def _record(self, record: Record) -> None:
@@ -225,6 +238,7 @@ class Gateway:
         self._notifier.send("RELOADING=1", f"MONOTONIC_USEC={int(clock.mono_s() * 1e6)}")
         try:
             config, plant = load_with_rules(self._config_path)
+            self._digest = digest(self._config_path)
         except ConfigError as error:
             for problem in error.problems:
                 log.error("reload: %s", problem)
@@ -234,20 +248,28 @@ class Gateway:
             )
         else:
             await self._apply(config, plant)
-        self._notifier.send("READY=1")
+        finally:
+            self._notifier.send("READY=1")
 
     async def _apply(self, config: Config, plant: Plant) -> None:
         old = self._config
-        for section in ("gateway", "journal", "uplink", "status"):
-            if getattr(old, section) != getattr(config, section):
-                log.warning("reload: [%s] has changed; that takes a restart", section)
+        pending = [name for name in RESTART if getattr(old, name) != getattr(config, name)]
+        for section in pending:
+            log.warning("reload: [%s] has changed; that takes a restart", section)
         gone = [name for name, device in old.device.items() if config.device.get(name) != device]
         come = [name for name, device in config.device.items() if old.device.get(name) != device]
         for name in gone:
             await self._stop_device(name)
         if specs(old) != specs(config):
             self._windows.reload(specs(config))
-        self._record(Event(clock.wall_ms(), "config", {"ok": True, "stopped": gone, "started": come}))
+        taken = {
+            "ok": True,
+            "stopped": gone,
+            "started": come,
+            "pending_restart": pending,
+            "config": self._digest,
+        }
+        self._record(Event(clock.wall_ms(), "config", taken))
         delays = first_delays(config.device)
         for name in come:
             self._scanners[name] = self._scanner(name, config.device[name], delays[name])
@@ -257,6 +279,7 @@ class Gateway:
             await self._control.settle()
             self._control = self._controller(plant)
             self._services.start("control", self._control.run)
+        self._stale_after_s = plant.stale_after_s
         self._config = old.model_copy(
             update={"device": config.device, "rule": config.rule, "window": config.window}
         )
@@ -273,37 +296,37 @@ class Gateway:
         self._notifier.send(f"STATUS={link.state}, {len(self._scanners)} devices")
         self._control.wake()
 
-    async def snapshot(self) -> dict[str, Any]:
-        """Return the status as the contract has it."""
-        link = self._uplink.link
-        journal = await self._journal.condition()
-        return {
-            "gateway": self._config.gateway.id,
-            "stream": journal.stream,
-            "version": __version__,
-            "started": self._started_ms,
-            "link": {"state": link.state, "since": link.since_ms, "broker": self._uplink.broker},
-            "journal": {
-                "head": journal.head,
-                "acked": journal.acked,
-                "pending_batches": journal.pending_batches,
-                "pending_records": journal.pending_records,
-                "bytes": journal.bytes,
-                "oldest_pending_ts": journal.oldest_pending_ts,
-                "error": journal.error,
-            },
-            "devices": {
-                name: {
-                    "state": scanner.state,
-                    "reason": scanner.reason,
-                    "last_ts": scanner.last_ts,
-                    "scans": scanner.scans,
-                    "errors": scanner.errors,
-                    "skipped": scanner.skipped,
-                }
-                for name, scanner in self._scanners.items()
-            },
-            "rules": self._control.rules(),
-            "windows": self._windows.shown(),
-            "readings": sum(scanner.readings for scanner in self._scanners.values()),
-        }
+    # -- what is asked of it -----------------------------------------------------------------------------
+
+    def _current(self) -> Current:
+        return Current(self._config, self._digest, self._scanners, self._control, self._stale_after_s)
+
+    async def _answer_status(self, asked: object) -> dict[str, Any]:
+        """Answer a `status` request: the status document."""
+        return {"ok": True, "status": msgspec.to_builtins(await self._status.snapshot())}
+
+    async def _answer_read(self, asked: object) -> dict[str, Any]:
+        """Answer a `read` request, by a device's name and its configuration's fingerprint, with a reading of now.
+
+        `other` tells that this gateway runs no device of this configuration: it may be read beside it.
+        """
+        match asked:
+            case {"device": str(name), "fingerprint": str(wanted)} if name in self._scanners:
+                if fingerprint(self._config.device[name]) != wanted:
+                    return {
+                        "ok": False,
+                        "other": True,
+                        "error": f"device.{name}: the running gateway has another",
+                    }
+            case _:
+                return {"ok": False, "other": True, "error": "no such device"}
+        scanner = self._scanners[name]
+        try:
+            async with asyncio.timeout(READ_S):
+                await scanner.read()
+        except TimeoutError:
+            return {"ok": False, "error": f"device.{name}: nothing in {READ_S:.0f} s"}
+        latest = self._image.devices.get(name)
+        if scanner.error is not None or latest is None:
+            return {"ok": False, "error": scanner.error or f"device.{name}: not yet read"}
+        return {"ok": True, "ts": latest.ts, "values": dict(latest.values), "quality": dict(latest.quality)}

@@ -152,7 +152,7 @@ def records(folder: Path, name: str | None = None) -> list[dict[str, Any]]:
 
 
 async def event(
-    folder: Path, name: str, count: int = 1, deadline_s: float = 20.0, **fields: Any
+    folder: Path, name: str, count: int = 1, deadline_s: float = DEADLINE_S, **fields: Any
 ) -> dict[str, Any]:
     """Wait until so many events of a name, with these fields, are durable; return the last."""
 

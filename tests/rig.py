@@ -18,7 +18,7 @@ from paho.mqtt import client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
 ROOT = Path(__file__).resolve().parent.parent
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 MOSQUITTO = (
     shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
     if os.environ.get("EDGEGW_TEST_BROKER", "mosquitto") == "mosquitto"

@@ -183,7 +183,7 @@ async def test_read_shows_a_device_once(tmp_path: Path) -> None:
         meter.behave[1] = meter.exception(2)
         code, out, said = await arun("read", "m", "--json", "-c", path)
         found = json.loads(out)
-        assert code == 0, said
+        assert code == 1, said
         assert set(found["values"].values()) == {None}
         assert set(found["quality"].values()) == {"bad:illegal-address"}
         code, out, _ = await arun("read", "m", "-c", path)

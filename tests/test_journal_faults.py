@@ -43,7 +43,7 @@ from edgegw.journal.journal import Found, Journal
 from edgegw.journal.mark import Mark, MarkFile
 from edgegw.journal.store import FRAME, PAGE, Reader, Store, delete_set_aside, set_aside, unpack, walk
 
-DEADLINE_S = 10.0
+DEADLINE_S = 60.0
 
 
 def filled(path: Path, turns: int = 40, **more: Any) -> Hand:

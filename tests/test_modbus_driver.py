@@ -130,7 +130,7 @@ async def test_all_four_tables_of_a_real_server() -> None:
         assert scan.values == TABLE_VALUES
         assert scan.quality is None
         assert scan.device == "d0"
-        assert await made.check() == f"device.d0 (tcp://127.0.0.1:{port} unit 1): 14 tags in 5 reads"
+        assert [found.values for found in await made.read()] == [TABLE_VALUES]
 
 
 async def test_units_behind_one_url_share_one_tcp_connection() -> None:
@@ -666,8 +666,6 @@ async def test_whoever_spoils_a_shared_connection_gets_one_of_its_own() -> None:
 async def test_a_device_refuses_politely_and_the_error_names_it() -> None:
     async with field() as made, drivers(config(f"tcp://127.0.0.1:{made.port}", PARTLY)) as (driver,):
         made.behave[1] = await exception_or_well(made, 2)
-        line = await driver.check()
-        assert line == (
-            f"device.d0 (tcp://127.0.0.1:{made.port} unit 1): 2 tags in 2 reads; not good: odd bad:illegal-address"
-        )
+        (found,) = await driver.read()
+        assert found.quality == {"odd": "bad:illegal-address"}
     assert issubclass(Refused, DeviceError)

@@ -19,7 +19,7 @@ from edgegw.sim import field, plant, weather
 from edgegw.sim.plant import Genset, State
 
 EXAMPLE = Path(__file__).parent.parent / "config.example.toml"
-DEADLINE_S = 15.0
+DEADLINE_S = 60.0
 
 
 def after(state: State, seconds: float, dt_s: float = 0.1) -> State:

@@ -27,6 +27,11 @@ class Place(NamedTuple):
     journal: Path
     pid: int | None
 
+    @property
+    def socket(self) -> Path:
+        """The gateway's socket, if it runs."""
+        return self.journal.with_name(self.journal.name + ".sock")
+
 
 def locate(config: "Config", config_path: Path) -> Place:
     """Return where the gateway of a configuration has its journal: the running one's, else where it would be.
@@ -60,9 +65,8 @@ def expect_alone(place: Place, config: "Config", command: str) -> None:
     from edgegw.cli.status import from_daemon
 
     if place.pid is not None:
-        sock = place.journal.with_name(place.journal.name + ".sock")
         raise EdgegwError(
-            f"the gateway runs (process {place.pid}), and its socket {sock} does not answer; nothing was done"
+            f"the gateway runs (process {place.pid}), and its socket {place.socket} does not answer; nothing was done"
         )
     if from_daemon(config) is not None:
         raise EdgegwError(

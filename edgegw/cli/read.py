@@ -2,17 +2,11 @@
 
 import asyncio
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from edgegw.cli.options import config_option, json_option, load_config, print_json
-
-if TYPE_CHECKING:
-    from edgegw.config.schema import Config
-    from edgegw.domain.image import Latest
-
-READ_S = 15.0
+from edgegw.domain.quality import is_bad
 
 
 @click.command("read")
@@ -21,8 +15,13 @@ READ_S = 15.0
 @config_option
 @json_option
 def command(device: str, tags: tuple[str, ...], config_path: Path | None, as_json: bool) -> None:
-    """Read DEVICE's tags once, all of them or those named; DEVICE may also be given as DEVICE.TAG."""
-    config, _ = load_config(config_path)
+    """Read DEVICE's tags once, all of them or those named; DEVICE may also be given as DEVICE.TAG.
+
+    A running gateway is asked to read it, else the device itself. Exit 1 if any of the tags is bad.
+    """
+    from edgegw.cli.reading import read
+
+    config, path = load_config(config_path)
     device, _, tag = device.partition(".")
     wanted = (*([tag] if tag else []), *(name.removeprefix(f"{device}.") for name in tags))
     if device not in config.device:
@@ -33,37 +32,24 @@ def command(device: str, tags: tuple[str, ...], config_path: Path | None, as_jso
     for name in wanted:
         if name not in known:
             raise click.UsageError(f"device {device} has no tag {name!r}; it has: {', '.join(known)}")
-    found = asyncio.run(_read(config, device))
-    names = [name for name in known if name in (wanted or known) and name in found.values]
-    quality = found.quality
+    found = asyncio.run(read(config, path, device))
+    names = [name for name in known if name in (wanted or known)]
+    quality = {name: "bad:no-value" for name in names if name not in found.values} | dict(found.quality)
     if as_json:
-        values = {name: found.values[name] for name in names}
+        values = {name: found.values.get(name) for name in names}
         print_json({
             "ts": found.ts, "device": device, "values": values,
             "quality": {name: quality[name] for name in names if name in quality},
         })  # fmt: skip
-        return
-    width = max(len(name) for name in names)
-    for name in names:
-        unit = known[name].unit
-        value = found.values[name]
-        value = "-" if value is None else f"{value:.7g}" if isinstance(value, float) else value
-        click.echo(
-            f"{device}.{name:<{width}}  {value} {unit}".rstrip()
-            + (f"  [{quality[name]}]" if name in quality else "")
-        )
-
-
-async def _read(config: "Config", device: str) -> "Latest":
-    from edgegw.domain.image import Image
-    from edgegw.drivers.registry import Drivers
-    from edgegw.errors import NoAnswer
-
-    image = Image()
-    try:
-        async with asyncio.timeout(READ_S), Drivers().make(device, config.device[device]) as driver:
-            for scan in await driver.scan():
-                image.take(scan, 0.0)
-    except TimeoutError:
-        raise NoAnswer("timeout", f"device.{device}: nothing in {READ_S:.0f} s") from None
-    return image.devices[device]
+    else:
+        width = max(len(name) for name in names)
+        for name in names:
+            unit = known[name].unit
+            value = found.values.get(name)
+            value = "-" if value is None else f"{value:.7g}" if isinstance(value, float) else value
+            click.echo(
+                f"{device}.{name:<{width}}  {value} {unit}".rstrip()
+                + (f"  [{quality[name]}]" if name in quality else "")
+            )
+    if any(is_bad(quality.get(name)) for name in names):
+        raise click.exceptions.Exit(1)

@@ -34,8 +34,10 @@ def command(config_path: Path | None, log_level: str) -> None:
     """
     import uvloop
 
-    from edgegw.config.load import find
+    from edgegw.config.load import find, journal_path
+    from edgegw.config.surroundings import journal_obstacle, secret_advice
     from edgegw.control.build import load_with_rules
+    from edgegw.errors import ConfigError
     from edgegw.gateway import Gateway
 
     logging.basicConfig(
@@ -43,6 +45,10 @@ def command(config_path: Path | None, log_level: str) -> None:
     )
     path = find(config_path)
     config, plant = load_with_rules(path)
+    if (obstacle := journal_obstacle(journal_path(config, path))) is not None:
+        raise ConfigError([f"{path}: journal.path: {obstacle}"])
+    for line in secret_advice(config, path):
+        logging.getLogger("edgegw").warning("%s", line)
 
     async def main() -> None:
         await Gateway(config, plant, path).run()

@@ -10,10 +10,12 @@ from urllib.request import ProxyHandler, build_opener
 import click
 
 from edgegw.cli.options import config_option, json_option, load_config, print_json
+from edgegw.errors import EdgegwError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from edgegw.cli.daemon import Place
     from edgegw.config.schema import Config
 
 ASK_S = 3.0
@@ -24,16 +26,37 @@ ASK_S = 3.0
 @json_option
 def command(config_path: Path | None, as_json: bool) -> None:
     """Show link, backlog, devices, rules and windows, from the running gateway or, if it is not, from its journal."""
+    from edgegw.cli.daemon import locate
+
     config, path = load_config(config_path)
-    snapshot = from_daemon(config) or _from_journal(config, path)
+    place = locate(config, path)
+    snapshot = (_from_socket(place) if place.pid is not None else None) or from_daemon(config)
+    if snapshot is None and place.pid is not None:
+        raise EdgegwError(
+            f"the gateway runs (process {place.pid}), and neither its socket {place.socket} nor status.http answers"
+        )
+    if snapshot is None:
+        snapshot = _from_journal(config, path, place.journal)
     if as_json:
         print_json(snapshot)
     else:
         _show(snapshot)
 
 
+def _from_socket(place: "Place") -> dict[str, Any] | None:
+    """Return the status that the running gateway gives on its socket, None if it gives none or it may not be asked."""
+    from edgegw.cli.daemon import converse
+
+    try:
+        answer = converse(place.journal, "status", lambda ask: ask({"status": {}}))
+    except EdgegwError:
+        return None
+    status = answer.get("status") if answer is not None else None
+    return status if isinstance(status, dict) else None
+
+
 def from_daemon(config: "Config") -> dict[str, Any] | None:
-    """Return the snapshot of the gateway with this id that answers on `status.http`, None if none does."""
+    """Return the status of the gateway with this id that answers on `status.http`, None if none does."""
     if not config.status.http:
         return None
     try:
@@ -44,57 +67,42 @@ def from_daemon(config: "Config") -> dict[str, Any] | None:
         return None
     if not isinstance(snapshot, dict) or snapshot.get("gateway") != config.gateway.id:
         return None  # somebody else listens there
-    return {**snapshot, "running": True}
+    return snapshot
 
 
-def _from_journal(config: "Config", path: Path) -> dict[str, Any]:
-    from edgegw import __version__
-    from edgegw.cli.daemon import locate
+def _from_journal(config: "Config", config_path: Path, file: Path) -> dict[str, Any]:
+    import msgspec
+
+    from edgegw.config.load import digest
     from edgegw.journal.store import Reader, size_bytes
+    from edgegw.status.snapshot import JournalStatus, stopped
 
-    place = locate(config, path)
-    file = place.journal
-    stream, head, acked, pending_records, pending_batches, oldest = "", 0, 0, 0, 0, None
+    journal, stream = JournalStatus(str(file.absolute()), int(config.journal.max_size)), ""
     if file.exists():
         reader = Reader(file)
         settled = reader.acked()
         figures = reader.figures(settled)
-        stream, head, acked = reader.stream, reader.tip().head, settled.prefix()
-        pending_records = sum(last - first + 1 for first, last in settled.gaps(1, head))
-        pending_batches, oldest = figures.pending_batches, figures.oldest_pending_ts
+        stream, journal.head, journal.acked = reader.stream, reader.tip().head, settled.prefix()
+        journal.pending_records = sum(last - first + 1 for first, last in settled.gaps(1, journal.head))
+        journal.pending_batches, journal.oldest_pending_ts = (
+            figures.pending_batches,
+            figures.oldest_pending_ts,
+        )
         reader.close()
-    return {
-        "gateway": config.gateway.id,
-        "stream": stream,
-        "version": __version__,
-        "started": None,
-        "running": place.pid is not None,
-        "link": {"state": "offline", "since": None, "broker": None},
-        "journal": {
-            "head": head, "acked": acked, "pending_batches": pending_batches, "pending_records": pending_records,
-            "bytes": size_bytes(file), "oldest_pending_ts": oldest, "error": None,
-        },
-        "devices": {
-            name: {"state": "unknown", "reason": None, "last_ts": None, "scans": 0, "errors": 0, "skipped": 0}
-            for name in config.device
-        },
-        "rules": {},
-        "windows": {
-            name: {"end": None, "coverage": None, "late": 0, "early": 0, "reading_back": False}
-            for name in config.window
-        },
-        "readings": 0,
-    }  # fmt: skip
+    journal.bytes = size_bytes(file)
+    snapshot: dict[str, Any] = msgspec.to_builtins(stopped(config, digest(config_path), journal, stream))
+    return snapshot
 
 
 def _show(snapshot: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
     link, journal = snapshot["link"], snapshot["journal"]
     running = "running" if snapshot["running"] else "not running"
-    if not snapshot["started"]:
+    if not snapshot["running"]:
         running += " (this is what its journal says)"
     console.print(f"[bold]{snapshot['gateway']}[/bold] edgegw {snapshot['version']}, {running}")
     console.print(f"link     {link['state']}" + (f" to {link['broker']}" if link["broker"] else ""))
@@ -104,15 +112,21 @@ def _show(snapshot: dict[str, Any]) -> None:
     )
     if journal["error"]:
         console.print(f"         [red]{journal['error']}[/red]")
-    table = Table("device", "state", "scans", "errors", "skipped", box=None)
+    for problem in (snapshot["health"] or {"problems": []})["problems"]:
+        console.print(
+            f"[red]problem[/red]  {escape(problem['code'])}: {escape(problem['what'])}, "
+            f"since {_when(problem['since'])}"
+        )
+    table = Table("device", "state", "bad tags", "scans", "errors", "skipped", box=None)
     for name, device in snapshot["devices"].items():
         state = device["state"] + (f" ({device['reason']})" if device["reason"] else "")
-        table.add_row(name, state, f"{device['scans']:,}", f"{device['errors']:,}", f"{device['skipped']:,}")
+        counts = (device[key] for key in ("bad_tags", "scans", "errors", "skipped"))
+        table.add_row(name, state, *(f"{count:,}" for count in counts))
     console.print(table)
-    if rules := snapshot.get("rules"):
+    if rules := snapshot["rules"]:
         console.print()
         console.print(_rules(rules))
-    if windows := snapshot.get("windows"):  # a daemon of an earlier version does not say
+    if windows := snapshot["windows"]:
         console.print()
         console.print(_windows(windows))
 

@@ -1,5 +1,6 @@
 """Reads a configuration file, and finds everything that is wrong with it at once."""
 
+import hashlib
 import os
 import tomllib
 from collections.abc import Callable
@@ -12,13 +13,16 @@ from pydantic.fields import FieldInfo
 
 from edgegw.config.lines import key_lines
 from edgegw.config.profiles import with_profiles
-from edgegw.config.schema import Config, ModbusDevice, OpcUaDevice
+from edgegw.config.schema import AnyDevice, Config, ModbusDevice, OpcUaDevice
 from edgegw.errors import ConfigError
 
 SYSTEM_PATH = Path("/etc/edgegw/config.toml")
 SYSTEM_STATE = Path("/var/lib/edgegw")
 SERVICE_CREDENTIALS = Path("/run/credentials/edgegw.service")
 """Where systemd keeps the credentials of the packaged service while it runs."""
+
+MOST_PROBLEMS = 200
+"""So many mistakes are told at once; looking for the nearest key costs a millisecond each."""
 
 Problem = tuple[tuple[str, ...], str]
 """A place in the configuration, and what is wrong there."""
@@ -50,6 +54,10 @@ def load(path: Path, *, inspect: Callable[[Config], list[Problem]] | None = None
         raise ConfigError([f"{path}: not UTF-8 text (byte {error.start})"]) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([f"{path}: not TOML: {error}"]) from None
+    except RecursionError:
+        raise ConfigError(
+            [f"{path}: nested too deeply; no key of edgegw needs more than four levels"]
+        ) from None
     raw, problems = with_profiles(raw, path.parent)
     config: Config | None = None
     sound: Config | None = None
@@ -59,7 +67,10 @@ def load(path: Path, *, inspect: Callable[[Config], list[Problem]] | None = None
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=True)
         missed = {(*where[:2], "tags") for where, _ in problems}  # they were to come with the profile
-        problems += [_problem(raw, one) for one in found if one["loc"][:2] + one["loc"][3:] not in missed]
+        found = [one for one in found if one["loc"][:2] + one["loc"][3:] not in missed]
+        problems += [_problem(raw, one) for one in found[:MOST_PROBLEMS]]
+        if len(found) > MOST_PROBLEMS:
+            problems.append(((), f"and {len(found) - MOST_PROBLEMS} more problems"))
         sound, gone = _sound_part(raw, [place for place, _ in problems])
     if inspect is not None and sound is not None:
         problems += [
@@ -119,16 +130,34 @@ def state_directory(config_path: Path) -> Path:
     return config_path.parent
 
 
+def digest(config_path: Path) -> str:
+    """Return the SHA-256 of a configuration file in hex, "" if it cannot be read."""
+    try:
+        return hashlib.sha256(config_path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def fingerprint(device: AnyDevice) -> str:
+    """Return what tells one device's configuration from another, in hex."""
+    return hashlib.sha256(device.model_dump_json().encode()).hexdigest()
+
+
 def journal_path(config: Config, config_path: Path) -> Path:
     """Return where the journal's file is."""
     return state_directory(config_path) / config.journal.path
 
 
-def secret(path: str, config_path: Path) -> str:
-    """Return the secret in a file, `%d/` standing for systemd's credentials, also in a shell; raise ConfigError."""
+def credential_path(path: str, config_path: Path) -> Path:
+    """Return where a secret's file is, `%d/` standing for systemd's credentials, also in a shell."""
     folder = os.environ.get("CREDENTIALS_DIRECTORY") or str(SERVICE_CREDENTIALS)
+    return config_path.parent / path.replace("%d", folder, 1)
+
+
+def secret(path: str, config_path: Path) -> str:
+    """Return the secret in a file, found as `credential_path` does; raise ConfigError."""
     try:
-        return (config_path.parent / path.replace("%d", folder, 1)).read_text(encoding="utf-8").rstrip("\r\n")
+        return credential_path(path, config_path).read_text(encoding="utf-8").rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or str(error)
         hint = "expected a file that holds the password"

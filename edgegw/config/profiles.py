@@ -52,6 +52,8 @@ def _read(name: str, folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"found {name!r}; there is no {beside}, and shipped are: {', '.join(known)}"
         ) from None
+    except RecursionError:
+        raise ValueError(f"profile {name!r} is nested too deeply") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"profile {name!r} cannot be read: {error}") from None
     for key in ("driver", "profile"):

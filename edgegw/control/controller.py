@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 PATIENCE_S = 0.005
 """How long an act waits for its entry to be durable."""
+IDLE_S = 5.0
+"""How long control waits at most from one cycle to the next, so that it is seen to work."""
 SAVE_S = 1.0
 """How soon timers that have begun or ended are saved; what was decided or done is saved at once."""
 
@@ -57,6 +59,7 @@ class Controller:
     ) -> None:  # fmt: skip
         self.state = State()
         self.cycles = 0
+        self._completed_s = clock.mono_s()
         self._plant = self._configured = plant
         self._held_types = held_types
         self._learnt: dict[str, Mapping[str, str]] = {}
@@ -106,6 +109,11 @@ class Controller:
         """Run a cycle soon: something that rules ask for has changed."""
         self._due.set()
 
+    @property
+    def idle_s(self) -> float:
+        """How long ago the last cycle was completed."""
+        return clock.mono_s() - self._completed_s
+
     def rules(self) -> dict[str, dict[str, Any]]:
         """Return each rule's state for the status."""
         now_s, now_ms = clock.mono_s(), clock.wall_ms()
@@ -126,8 +134,9 @@ class Controller:
         while True:
             due_s = self.cycle()
             self._due.clear()
+            wait_s = IDLE_S if due_s is None else min(IDLE_S, max(0.0, due_s - clock.mono_s()))
             try:
-                async with asyncio.timeout(None if due_s is None else max(0.0, due_s - clock.mono_s())):
+                async with asyncio.timeout(wait_s):
                     await self._due.wait()
             except TimeoutError:
                 continue
@@ -151,6 +160,7 @@ class Controller:
         )
         self.cycles += 1
         self._take(cycle)
+        self._completed_s = clock.mono_s()
         return cycle.due_s
 
     def _take(self, cycle: Cycle) -> None:

@@ -46,8 +46,8 @@ class Driver(Protocol):
         """
         ...
 
-    async def check(self) -> str:
-        """Connect if need be, read once, and return a line that says what was found."""
+    async def read(self) -> Sequence[Scan]:
+        """Connect if need be, and read all tags once, whether they are polled or subscribed; raise DeviceError."""
         ...
 
 

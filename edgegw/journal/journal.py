@@ -23,7 +23,7 @@ from edgegw.domain.record import Event, Record
 from edgegw.errors import JournalDamaged, JournalError
 from edgegw.journal.inbox import Damage, Inbox, Prune
 from edgegw.journal.settled import Settled
-from edgegw.journal.store import Reader, size_bytes, unpack
+from edgegw.journal.store import Reader, data_bytes, disk_share, size_bytes, unpack
 from edgegw.journal.timekeeper import Timekeeper
 from edgegw.journal.writer import Committed, Writer
 
@@ -47,7 +47,11 @@ class Found(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """The journal as the status shows it."""
+    """The journal as the status shows it.
+
+    `unconfirmed` is the share of what it may hold that holds what the upstream has not confirmed, `disk` the share of
+    its disk that is used, by whatever.
+    """
 
     stream: str
     head: int
@@ -57,6 +61,8 @@ class Condition(NamedTuple):
     bytes: int
     oldest_pending_ts: int | None
     error: str | None
+    unconfirmed: float = 0.0
+    disk: float = 0.0
 
 
 class Journal:
@@ -66,6 +72,7 @@ class Journal:
         self.path = path
         self.opened = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        self._data_bytes = data_bytes(config.max_size)
         self._listener: Callable[[Committed], None] = lambda committed: None
         self._timekeeper = Timekeeper()
         self._inbox = Inbox(max_message)
@@ -227,18 +234,23 @@ class Journal:
 
     async def condition(self) -> Condition:
         """Return the journal's figures."""
-        settled = self._settled.copy()
-        unsent = next(settled.gaps(1, self.head), None)
-        oldest = await self._loop.run_in_executor(self._readers, self._oldest_ts, *unsent) if unsent else None
+        return await self._loop.run_in_executor(self._readers, self._condition)
+
+    def _condition(self) -> Condition:
+        settled, head = self._settled.copy(), self.head
+        pending = max(0, head - settled.total())
+        unsent = next(settled.gaps(1, head), None)
         return Condition(
             stream=self.stream,
-            head=self.head,
+            head=head,
             acked=settled.prefix(),
             pending_batches=self._settled.pending_batches,
-            pending_records=max(0, self.head - settled.total()),
+            pending_records=pending,
             bytes=size_bytes(self.path),
-            oldest_pending_ts=oldest,
+            oldest_pending_ts=self._oldest_ts(*unsent) if unsent else None,
             error=self._writer.error,
+            unconfirmed=self._unconfirmed(pending, head) if pending else 0.0,
+            disk=disk_share(self.path),
         )
 
     async def close(self, timeout_s: float = 10.0) -> bool:
@@ -292,6 +304,15 @@ class Journal:
         reader, self._reader = self._reader, None
         if reader is not None:
             reader.close()
+
+    def _unconfirmed(self, pending: int, head: int) -> float:
+        """Return the share of the journal's room that pending records hold, as if each were as large as any other."""
+        try:
+            used, first = self._open_reader().used()
+        except JournalError:
+            return 0.0  # the writer's own error is shown
+        kept = max(1, head - first + 1)
+        return used / self._data_bytes * min(1.0, pending / kept)
 
     def _oldest_ts(self, first: int, last: int) -> int | None:
         try:

@@ -6,6 +6,7 @@ older versions can corrupt a WAL database that has two connections.
 """
 
 import hashlib
+import os
 import re
 import uuid
 import zlib
@@ -90,6 +91,11 @@ def ballast_bytes(max_bytes: int) -> int:
     return wal_bytes(max_bytes) // 4 + SLACK
 
 
+def data_bytes(max_bytes: int) -> int:
+    """Return what a journal's file may grow to: what it may take less the WAL's share and the ballast."""
+    return max_bytes - wal_bytes(max_bytes) - ballast_bytes(max_bytes)
+
+
 class Store:
     """The writing connection. Used by one thread; every method raises JournalError or JournalDamaged."""
 
@@ -98,7 +104,7 @@ class Store:
         self.wal_bytes = wal_bytes(max_bytes)
         self.stream = ""
         self._fsyncs = 0
-        self._max_pages = self._limit_pages = (max_bytes - self.wal_bytes - ballast_bytes(max_bytes)) // PAGE
+        self._max_pages = self._limit_pages = data_bytes(max_bytes) // PAGE
         self._confined = False
         self._wal_pages = 0
         self._db: apsw.Connection | None = None
@@ -489,6 +495,13 @@ class Reader:
         batches, records, json_bytes, stored_bytes = totals
         return Figures(batches, records, json_bytes, stored_bytes, pending, oldest)
 
+    def used(self) -> tuple[int, int]:
+        """Return how many bytes of the file hold anything, and the first seq that is kept, 0 if there is none."""
+        with _mapped(self.path, "read"):
+            pages = int(self._db.pragma("page_count")) - int(self._db.pragma("freelist_count"))
+            first = self._db.execute("SELECT min(seq) FROM batch").get
+        return pages * PAGE, int(first or 0)
+
     def oldest_ts(self, first: int, last: int) -> int | None:
         """Return the time of the first batch that begins within `first` to `last`, None if there is none."""
         with _mapped(self.path, "read"):
@@ -614,6 +627,16 @@ def unpack(batch: Batch) -> bytes:
 def size_bytes(path: Path) -> int:
     """Return what the database and its WAL take on the disk."""
     return sum(file.stat().st_size for file in (path, _wal(path)) if file.exists())
+
+
+def disk_share(path: Path) -> float:
+    """Return how much of the disk that a file's folder is on is used, from 0 to 1; 0 if that cannot be told."""
+    try:
+        disk = os.statvfs(path.parent)
+    except OSError:
+        return 0.0
+    used = disk.f_blocks - disk.f_bfree
+    return used / (used + disk.f_bavail) if used else 0.0
 
 
 def set_aside(path: Path, stamp: str) -> Path:

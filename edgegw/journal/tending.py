@@ -14,13 +14,16 @@ log = logging.getLogger(__name__)
 Answer = dict[str, Any]
 
 
+_Seq = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+
+
 class _Ranges(msgspec.Struct, forbid_unknown_fields=True):
     stream: str
-    ranges: list[tuple[int, int]]
+    ranges: list[tuple[_Seq, _Seq]]
 
 
 class _Age(msgspec.Struct, forbid_unknown_fields=True):
-    older_than_ms: Annotated[int, msgspec.Meta(ge=0)]
+    older_than_ms: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
 def requests(journal: Journal) -> dict[str, Callable[[Any], Awaitable[Answer]]]:

@@ -1,8 +1,9 @@
 """The scanner: one service for each device, from its driver to the journal and the image."""
 
+import asyncio
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from edgegw import clock
 from edgegw.domain.image import Image
@@ -12,6 +13,7 @@ from edgegw.drivers.base import Driver
 from edgegw.errors import DeviceError
 from edgegw.runtime.pause import Pause
 from edgegw.scan import schedule
+from edgegw.scan.bad_tags import BadTags
 from edgegw.scan.report import Reporter
 
 log = logging.getLogger(__name__)
@@ -25,11 +27,13 @@ class Scanner:
 
     def __init__(
         self, name: str, driver: Driver, append: Callable[[Record], None], image: Image,
-        touched: Callable[[str], None], reporter: Reporter | None = None, delay_s: float = 0.0,
+        touched: Callable[[str], None], reporter: Reporter | None = None, delay_s: float = 0.0, *, tags: int = 0,
     ) -> None:  # fmt: skip
         self.name = name
         self.state = "unknown"
         self.reason: str | None = None
+        self.error: str | None = None
+        """What went wrong last, in full, while the device does not answer."""
         self.last_ts: int | None = None
         self.scans = self.errors = self.skipped = self.readings = 0
         self._driver = driver
@@ -40,30 +44,63 @@ class Scanner:
         self._delay_s = delay_s
         self._failures = 0
         self._down_since = 0.0
+        self._bad = BadTags(tags)
+        self._wanted: list[tuple[float, asyncio.Future[None]]] = []
+        self._pauses: tuple[Pause, ...] = ()
+
+    @property
+    def bad_tags(self) -> Mapping[str, str]:
+        """The tags that are bad in the latest readings, with their quality, while the device answers."""
+        return self._bad.tags
 
     async def run(self) -> None:
         """Scan until cancelled."""
         period_s = self._driver.period_s
         pause, retry = Pause(), Pause()
         self._driver.on_connected = retry.end
+        self._pauses = (pause, retry)
         async with self._driver as driver:
             due = schedule.Due(clock.mono_s() + self._delay_s, 0)
             while True:
-                if period_s is not None:
+                if period_s is not None and not self._wanted:
                     await pause(due.at_s - clock.mono_s())
                 began_s = clock.mono_s()
                 try:
                     scans = await driver.scan()
                 except DeviceError as error:
                     self._failed(error)
-                    if period_s is not None:  # a subscription says once for each attempt that it failed
-                        await retry(self._pause_s(period_s))
                 else:
                     self._scanned(scans, began_s)
-                if period_s is not None:
+                if self._wanted:
+                    self._answer(began_s)
+                if period_s is None:  # a subscription says once for each attempt that it failed
+                    continue
+                if self._failures and not self._wanted:
+                    await retry(self._pause_s(period_s))
+                if began_s > due.at_s - period_s / 2:  # else it was asked for, in between
                     due = schedule.following(due.at_s, clock.mono_s(), period_s)
                     if not self._failures:
                         self.skipped += due.skipped
+
+    async def read(self) -> None:
+        """Read the device now, and return when that is done, whatever came of it.
+
+        A subscription is not asked: what is known of it is as new as can be.
+        """
+        if self._driver.period_s is None:
+            return
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._wanted.append((clock.mono_s(), done))
+        for pause in self._pauses:
+            pause.end()
+        await done
+
+    def _answer(self, began_s: float) -> None:
+        """End the waiting for a scan, where one has begun since it was asked for."""
+        for wanted_s, done in self._wanted:
+            if wanted_s <= began_s and not done.done():
+                done.set_result(None)
+        self._wanted = [(wanted_s, done) for wanted_s, done in self._wanted if not done.done()]
 
     async def write(self, tag: str, value: Scalar) -> Value:
         """Write one tag, once, and return what reading it back gives; raise DeviceError."""
@@ -80,6 +117,8 @@ class Scanner:
             self._image.take(scan, at_s, held=held, seen_s=now_s)
             self.readings += len(scan.values)
             self.last_ts = scan.ts
+        if scans and (line := self._bad.read(self._image.devices[self.name].quality, now_s)) is not None:
+            log.warning("device.%s: %s", self.name, line)
         self._touched(self.name)  # control first: it must not wait for anything else
         for scan in scans if self._reporter is None else self._reporter.report(scans, at_s):
             self._append(scan)
@@ -92,7 +131,7 @@ class Scanner:
             log.warning("device.%s: back after %d failures, %.0f s", self.name, self._failures, down_s)
             self._append(DeviceStatus(now_ms, self.name, "good"))
             self._append(Event(now_ms, "device-up", {"device": self.name}))
-        self.state, self.reason, self._failures = "good", None, 0
+        self.state, self.reason, self.error, self._failures = "good", None, None, 0
 
     def _failed(self, error: DeviceError) -> None:
         self.errors += 1
@@ -103,7 +142,8 @@ class Scanner:
             self._append(DeviceStatus(now_ms, self.name, "bad", error.reason))
             self._append(Event(now_ms, "device-down", {"device": self.name, "reason": error.reason}))
             self._down_since = clock.mono_s()
-        self.state, self.reason = "bad", error.reason
+        self.state, self.reason, self.error = "bad", error.reason, str(error)
+        self._bad.forget()
         if self._reporter is not None:
             self._reporter.forget()
         self._image.lost(self.name, clock.mono_s())

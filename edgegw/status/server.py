@@ -1,12 +1,13 @@
 """A small read-only HTTP server for the status: /api/status, /metrics and /healthz."""
 
 import asyncio
-import json
 import logging
-from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import Any
 from urllib.parse import urlsplit
+
+import msgspec
+
+from edgegw.status.service import StatusService
 
 log = logging.getLogger(__name__)
 
@@ -17,12 +18,12 @@ RETRY_S = 10.0
 
 
 class StatusServer:
-    """Answers GET requests from the snapshot it is given, one a connection."""
+    """Answers GET and HEAD requests by the status service, one a connection."""
 
-    def __init__(self, address: str, snapshot: Callable[[], Awaitable[dict[str, Any]]]) -> None:
+    def __init__(self, address: str, status: StatusService) -> None:
         parts = urlsplit(f"http://{address}")
         self._host, self._port = parts.hostname or "127.0.0.1", parts.port or 8077
-        self._snapshot = snapshot
+        self._status = status
         self._open = 0
 
     async def run(self) -> None:
@@ -64,16 +65,23 @@ class StatusServer:
         path = rest.partition(b" ")[0].partition(b"?")[0]
         if method not in (b"GET", b"HEAD"):
             return _response(HTTPStatus.METHOD_NOT_ALLOWED, "text/plain", b"only GET\n")
+        response = await self._page(path)
+        return response[: response.index(b"\r\n\r\n") + 4] if method == b"HEAD" else response
+
+    async def _page(self, path: bytes) -> bytes:
         match path:
             case b"/api/status":
-                body = json.dumps(await self._snapshot()).encode()
+                body = msgspec.json.encode(await self._status.snapshot())
                 return _response(HTTPStatus.OK, "application/json", body)
             case b"/healthz":
-                return _response(HTTPStatus.OK, "text/plain", b"ok\n")
+                health = await self._status.health()
+                failing = health.state == "failing"
+                code = HTTPStatus.SERVICE_UNAVAILABLE if failing else HTTPStatus.OK
+                return _response(code, "application/json", msgspec.json.encode(health))
             case b"/metrics":
                 from edgegw.status.metrics import render
 
-                kind, body = render(await self._snapshot())
+                kind, body = render(await self._status.snapshot(), self._status.acknowledged_s)
                 return _response(HTTPStatus.OK, kind, body)
         return _response(HTTPStatus.NOT_FOUND, "text/plain", b"/api/status, /metrics, /healthz\n")
 

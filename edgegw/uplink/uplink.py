@@ -47,6 +47,10 @@ class UplinkService:
     ) -> None:
         self.link = Link("offline", clock.wall_ms(), clock.mono_s())
         self.broker: str | None = None
+        self.acknowledgements = 0
+        """How many messages the brokers have confirmed since the start."""
+        self.acknowledged_ms: int | None = None
+        """When one did so last."""
         self._config = config
         self._config_path = config_path
         self._journal = journal
@@ -68,6 +72,11 @@ class UplinkService:
         self._connected_s = 0.0
         self._failures = 0
         self._lost_since = clock.mono_s()
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether batches wait for their acknowledgement."""
+        return self._drain is not None and bool(self._drain.in_flight)
 
     def committed(self, committed: Committed) -> None:
         """Take what has just become durable."""
@@ -167,6 +176,8 @@ class UplinkService:
         )  # fmt: skip
 
         def acknowledged(mid: int, ack: mqtt.Ack) -> None:
+            self.acknowledgements += 1
+            self.acknowledged_ms = clock.wall_ms()
             if outbox.acknowledge(mid, ack):
                 drain.wake()
             else:

@@ -119,12 +119,9 @@ class ModbusDriver:
         except DeviceError as error:
             raise error.located(f"{self._where}: {tag}") from None
 
-    async def check(self) -> str:
-        """Connect, read once, and return a line that says what was found."""
-        (scan,) = await self.scan()
-        bad = [f"{tag} {why}" for tag, why in (scan.quality or {}).items()]
-        reads = f"{len(scan.values)} tags in {len(self._plan.blocks)} reads"
-        return f"{self._where}: {reads}" + (f"; not good: {', '.join(bad)}" if bad else "")
+    async def read(self) -> Sequence[Scan]:
+        """Read all tags once; raise DeviceError."""
+        return await self.scan()
 
     @property
     def _where(self) -> str:

@@ -108,14 +108,9 @@ class OpcUaDriver:
             raise Unconfirmed("read-back", f"written, but reads back as {reading.quality}")
         return reading.value
 
-    async def check(self) -> str:
-        """Read all tags once, whatever the mode, and return a line that says what was found."""
-        connection = await self._connected()
-        readings = self._points.readings(await self._read(connection))
-        wrong = [f"{readings.names[i]} {why}" for i, why in readings.qualities.items()]
-        return f"{self._where}: {len(readings.names)} tags read" + (
-            f"; not good: {', '.join(wrong)}" if wrong else ""
-        )
+    async def read(self) -> Sequence[Scan]:
+        """Read all tags once, whatever the mode; raise DeviceError."""
+        return await self._poll()
 
     async def _poll(self) -> Sequence[Scan]:
         connection = await self._connected()
