@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import stat
+import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -27,7 +28,7 @@ from control_field import (
     stop,
 )
 from field import frame
-from gateway_rig import until
+from gateway_rig import toml, until
 from rig import MOSQUITTO, ROOT, Process, free_port, mosquitto
 
 from edgegw.control.commands import COMMAND_BYTES
@@ -168,6 +169,31 @@ async def test_a_running_gateway_writes_holds_and_refuses(tmp_path: Path) -> Non
         (True, ok) for ok in (True, True, False, False, False)
     ]
     assert not (tmp_path / "journal.db.sock").exists()
+
+
+@pytest.mark.parametrize("running_too", [True, False])
+async def test_p8_an_integer_that_no_double_holds_is_written_as_it_is(
+    tmp_path: Path, running_too: bool
+) -> None:
+    """By command of a gateway that runs, and without one; it is journaled as such, and reads back the same."""
+    counter = {"address": "holding:40", "type": "uint64", "writable": True}
+    value = 2**53 + 1
+    async with site() as plant:
+        made = configuration(plant, {})
+        made["device"]["battery"]["tags"]["counter"] = counter
+        (tmp_path / "config.toml").write_text(toml(made))
+        if running_too:
+            with running(tmp_path, made) as run:
+                await plant.scanned(3, BATTERY)
+                await until((tmp_path / "journal.db.sock").exists, "the socket")
+                code, answer, _ = await write(tmp_path, "battery.counter", str(value))
+                await stop(run)
+        else:
+            code, answer, _ = await write(tmp_path, "battery.counter", str(value))
+    assert (code, answer["ok"], answer["value"]) == (0, True, value)
+    assert [f.data for f in plant.frames] == [struct.pack(">Q", value)]
+    told = [(e["new"], e.get("read")) for e in records(tmp_path, "write")]
+    assert told == [(value, None), (value, value)]
 
 
 async def test_p8_a_write_that_its_device_refuses_for_good_is_made_once_and_the_answer_says_so(

@@ -5,6 +5,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +100,9 @@ def _parsed(text: str, kind: str) -> "Scalar":
         number = float("nan")
     if number - number != 0.0:  # neither a number nor finite
         raise click.UsageError(f"found {text!r}; expected a number")
+    with suppress(ValueError):
+        if (whole := int(text)) != number:  # an integer that no double holds
+            return whole
     return number
 
 

@@ -191,5 +191,7 @@ def _replay(name: str, asked: object, by_hand: bool) -> ReplayCommand | Reply:
 
 
 def as_number(value: Scalar, kind: str) -> Scalar:
-    """Return a value as the engine holds it: numbers are doubles."""
-    return float(value) if kind == "number" and not isinstance(value, str) else value
+    """Return a value as the engine holds it: numbers are doubles, but for integers that no double holds exactly."""
+    if kind != "number" or isinstance(value, str):
+        return value
+    return value if float(value) != value else float(value)

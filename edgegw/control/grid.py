@@ -29,7 +29,13 @@ class Grid(NamedTuple):
         return self._replace(kind="float32") if (self.kind, kind) == ("float64", "float32") else self
 
     def nearest(self, value: float, low: float = -inf, high: float = inf) -> float | None:
-        """Return what is held nearest to a value, from `low` to `high`; None if nothing that is held lies there."""
+        """Return what is held nearest to a value, from `low` to `high`; None if nothing that is held lies there.
+
+        An integer is not rounded to a double where the register counts in ones.
+        """
+        ones = (self.kind, self.scale, self.offset) == ("integer", 1.0, 0.0)
+        if ones and isinstance(value, int) and low <= value <= high:
+            return value
         value = min(max(value, low), high)
         if self.kind == "integer":
             return self._whole(value, low, high)

@@ -188,7 +188,7 @@ def settled(limits: Limits, wanted: Scalar) -> Scalar | None:
     """Return what the register holds of a value that `check` lets pass: within the range, None if there is nothing."""
     if isinstance(wanted, bool | str):
         return wanted
-    return limits.grid.nearest(float(wanted), *_range(limits))
+    return limits.grid.nearest(wanted, *_range(limits))
 
 
 def _towards(limits: Limits, present: float, step: float) -> Write | Refuse:
