@@ -106,6 +106,30 @@ class Process:
                 pipe.close()
 
 
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+
+
+class FakeClock:
+    """The wall clock of a program under libfaketime; the monotonic one stays as it is.
+
+    The file is read once a second: a program that reads it at each look at a clock, which Python does at each change
+    between its threads, comes to nothing else.
+    """
+
+    def __init__(self, file: Path, offset: str = "+0") -> None:
+        self._file = file
+        file.write_text(f"{offset:<8}")
+        self.prefix = (
+            "env", f"LD_PRELOAD={FAKETIME}", f"FAKETIME_TIMESTAMP_FILE={file}", "FAKETIME_CACHE_DURATION=1",
+            "FAKETIME_DONT_FAKE_MONOTONIC=1", "DONT_FAKE_MONOTONIC=1",
+        )  # fmt: skip
+
+    def set(self, offset: str) -> None:
+        """Step the clock within a second or two, as in `-2d`; the file is never seen half written."""
+        with self._file.open("r+") as file:
+            file.write(f"{offset:<8}")
+
+
 def wait_for_port(port: int) -> None:
     """Wait until somebody listens on a port of the loopback."""
 

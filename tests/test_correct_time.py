@@ -16,7 +16,18 @@ from field import field
 from gateway_rig import Subscriber, config, device, gateway, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rig import ROOT, free_port, mosquitto, needs_mosquitto, publish, receive, run
+from rig import (
+    FAKETIME,
+    ROOT,
+    FakeClock,
+    Process,
+    free_port,
+    mosquitto,
+    needs_mosquitto,
+    publish,
+    receive,
+    run,
+)
 from test_receiver_sinks import postgres  # noqa: F401  the fixture
 
 from edgegw.domain.batch import GENESIS, TAIL, Kind, head, timing
@@ -299,7 +310,6 @@ def test_any_order_of_arrival_gives_the_same_tables(
 
 # -- a real gateway whose clock is wrong -------------------------------------------------------------------
 
-FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 HOURS_WRONG = 5
 COMMIT_MS = 500
 
@@ -311,8 +321,7 @@ class Wrong:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._offset, self._synced = folder / "offset", folder / "synced"
-        self._offset.write_text(f"-{HOURS_WRONG}h")
+        self._clock, self._synced = FakeClock(folder / "offset", f"-{HOURS_WRONG}h"), folder / "synced"
         self._synced.write_text("no")
         site = folder / "site"
         site.mkdir()
@@ -320,14 +329,13 @@ class Wrong:
             "from pathlib import Path\nfrom edgegw import clock\n"
             f"clock.synchronised = lambda: Path({str(self._synced)!r}).read_text() == 'yes'\n"
         )
-        self.prefix = (
-            "env", f"PYTHONPATH={site}:{ROOT}", f"LD_PRELOAD={FAKETIME}", f"FAKETIME_TIMESTAMP_FILE={self._offset}",
-            "FAKETIME_NO_CACHE=1", "FAKETIME_DONT_FAKE_MONOTONIC=1", "DONT_FAKE_MONOTONIC=1",
-        )  # fmt: skip
+        self.prefix = (*self._clock.prefix, f"PYTHONPATH={site}:{ROOT}")
 
-    def set(self) -> None:
-        """Have the clock step to the right time, and then say that it is synchronised."""
-        self._offset.write_text("+0")
+    async def set(self, daemon: Process | None) -> None:
+        """Have the clock step to the right time, under a running gateway or none, and then be synchronised."""
+        self._clock.set("+0")
+        if daemon is not None:
+            await until(lambda: daemon.said("clock: stepped"), "the step")
         self._synced.write_text("yes")
 
 
@@ -364,12 +372,12 @@ async def test_a_gateway_whose_clock_was_wrong_by_hours_is_put_right(tmp_path: P
                         await until(lambda: moments(file), "batches of the wrong time")
                         assert max(moments(file).values()) < min(asked_ms.values()) - 3_600_000
                     if (running, when) == (2, "while it runs"):
-                        wrong.set()
+                        await wrong.set(daemon)
                         await more()
                     daemon.send(signal.SIGTERM)
                     assert (await asyncio.to_thread(daemon.end))[0] == 0
                 if when == "while it is stopped":
-                    wrong.set()
+                    await wrong.set(None)
             await until(lambda: ends(file) == 2, "the last batches")
             receiver.send(signal.SIGINT)
             assert receiver.end()[0] == 0, receiver.lines
