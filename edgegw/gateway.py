@@ -84,6 +84,7 @@ class Gateway:
         self._drivers = Drivers()
         self._learning: dict[str, LearnsTypes] = {}
         self._services = Supervisor()
+        self._reload_wanted = asyncio.Event()
         self._image = Image()
         path = journal_path(config, config_path)
         self._journal = Journal(path, config.gateway.id, config.journal, config.uplink.max_message)
@@ -122,7 +123,8 @@ class Gateway:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        loop.add_signal_handler(signal.SIGHUP, lambda: self._services.start("reload", self._reload))
+        loop.add_signal_handler(signal.SIGHUP, self._reload_wanted.set)
+        self._services.start("reload", self._reload_when_wanted)
 
         self._journal.listen(self._committed)
         self._journal.start()
@@ -232,6 +234,13 @@ class Gateway:
         del self._scanners[name]
         self._learning.pop(name, None)
         self._image.forget(name)
+
+    async def _reload_when_wanted(self) -> None:
+        """Reload once for each SIGHUP, one reload after the other."""
+        while True:
+            await self._reload_wanted.wait()
+            self._reload_wanted.clear()
+            await self._reload()
 
     async def _reload(self) -> None:
         """Take the configuration's devices anew; those that have not changed go on undisturbed."""

@@ -310,6 +310,29 @@ async def test_a_reload_restarts_what_has_changed_and_nothing_else(tmp_path: Pat
     assert b'"event":"config","ok":true,"stopped":["other","gone"],"started":["other","late"]' in journaled
 
 
+async def test_reloads_in_quick_succession_are_taken_up_one_after_the_other(tmp_path: Path) -> None:
+    """The last configuration is in force in the end; nothing crashes, whatever a reload before it was at."""
+    async with field() as meter:
+        made = config(free_port(), {"m": device(meter.port)})
+        with gateway(tmp_path, made) as run:
+            await until(lambda: meter.counts[1] > 3, "scans")
+            for unit in (*range(10, 22), 5):
+                devices = {"m": device(meter.port), "x": device(meter.port, unit)}
+                new = tmp_path / "new.toml"
+                new.write_text(toml(made | {"device": devices}))
+                new.rename(tmp_path / "config.toml")
+                run.send(signal.SIGHUP)
+                await asyncio.sleep(0.005 * (unit % 4))  # a signal that is still pending is one with the next
+            await until(lambda: meter.counts[5] > 20, "scans of the last configuration")
+            before = dict(meter.counts)
+            await until(lambda: meter.counts[5] > before[5] + 20, "more")
+            asked = [unit for unit in range(10, 22) if meter.counts[unit] != before.get(unit, 0)]
+            run.send(signal.SIGTERM)
+            assert (await asyncio.to_thread(run.end))[0] == 0
+            assert not [line for line in run.lines if "crashed" in line], run.lines
+    assert asked == [], "a device that is no longer configured is still read"
+
+
 async def test_a_reload_of_what_takes_a_restart_says_so(tmp_path: Path) -> None:
     async with field() as meter:
         made = config(free_port(), {"m": device(meter.port)})
