@@ -80,7 +80,11 @@ class Field:
                 task = asyncio.create_task(self._answer(writer, tid, unit, pdu))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
-        except (asyncio.IncompleteReadError, OSError):
+        except (
+            asyncio.IncompleteReadError,
+            OSError,
+            asyncio.CancelledError,
+        ):  # Python 3.11 logs a task that is cancelled
             pass
         finally:
             for task in tasks:
