@@ -59,6 +59,7 @@ class RtuTransport:
         self._late_until: dict[int, float] = {}
         self._probes = Probes()
         self._loop = asyncio.get_running_loop()
+        self.violation: NotConnected | None = None
 
     @property
     def connected(self) -> bool:

@@ -17,10 +17,13 @@ from pymodbus.pdu import DecodePDU
 
 from edgegw.drivers import delivery
 from edgegw.drivers.modbus.probes import Probes
-from edgegw.errors import BadAnswer, DeviceError, NoAnswer, NotConnected, NotSent, Spoilt
+from edgegw.errors import BadAnswer, NoAnswer, NotConnected, NotSent, Spoilt
 
 MUTE = 3
 """Requests in a row without any answer after which a connection is taken for dead: it may well be half open."""
+
+MAX_UNREQUESTED = 16
+"""Frames in a row that answer no request, more of which end a connection: it would cost the neighbours their time."""
 
 _HEADER = 7
 _LONGEST = 254  # unit and PDU, the length field of an MBAP header (Messaging on TCP/IP 1.0b, 3.1.3)
@@ -39,6 +42,7 @@ class TcpTransport:
         self._wire: _Wire | None = None
         self._probes = Probes()
         self._loop = asyncio.get_running_loop()
+        self.violation: NotConnected | None = None
 
     @property
     def connected(self) -> bool:
@@ -86,6 +90,7 @@ class TcpTransport:
         """Close the connection; what is on the way raises NotConnected."""
         wire, self._wire = self._wire, None
         if wire is not None:
+            self.violation = wire.violation
             wire.fail(NotConnected("closed", "the connection was closed"))
 
 
@@ -112,11 +117,13 @@ class _Wire(asyncio.Protocol):
     Requests take turns. A turn lasts until the answer or the time-out, which begins when the request is sent; while
     an earlier request that was given up may still occupy a gateway, it begins when that one's late answer comes, or
     one more time-out has passed. A frame that stays in pieces ends the connection: the next answer's bytes would
-    complete it. And so does silence to MUTE requests in a row.
+    complete it. And so do silence to MUTE requests in a row, and more than MAX_UNREQUESTED frames in a row that
+    answer none. What follows in the same data is not looked at.
     """
 
     def __init__(self, probes: Probes) -> None:
         self.open = False
+        self.violation: NotConnected | None = None
         self._probes = probes
         self._framer = FramerSocket(DecodePDU(is_server=False))
         self._loop = asyncio.get_running_loop()
@@ -130,6 +137,8 @@ class _Wire(asyncio.Protocol):
         self._busy = False
         self._queue: deque[asyncio.Future[None]] = deque()
         self._unanswered = 0
+        self._unrequested = 0
+        self._useful = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by descent
@@ -143,18 +152,21 @@ class _Wire(asyncio.Protocol):
         if self._buffer and self._begins_an_answer(data):
             self.fail(Spoilt("garbage", "an answer ended in the middle of another's"))
             return
-        buffer = self._buffer + data if self._buffer else data
-        while len(buffer) >= _HEADER:
-            length = int.from_bytes(buffer[4:6], "big")
-            if buffer[2:4] != b"\0\0" or not 2 < length <= _LONGEST:
-                self.fail(Spoilt("garbage", f"what came is not Modbus/TCP: {buffer[:8].hex(' ')}"))
-                return
-            if len(buffer) < 6 + length:
+        received = self._buffer + data if self._buffer else data
+        at = 0
+        while self.open and len(received) - at >= _HEADER:
+            length = int.from_bytes(received[at + 4 : at + 6], "big")
+            if received[at + 2 : at + 4] != b"\0\0" or not 2 < length <= _LONGEST:
+                found = received[at : at + 8].hex(" ")
+                self.fail(Spoilt("garbage", f"what came is not Modbus/TCP: {found}"))
                 break
-            used, unit, tid, pdu = self._framer.decode(buffer[: 6 + length])
-            buffer = buffer[used:]
+            end = at + 6 + length
+            if len(received) < end:
+                break
+            _, unit, tid, pdu = self._framer.decode(received[at:end])
+            at = end
             self._answered(tid, unit, pdu)
-        self._buffer = buffer
+        self._buffer = received[at:]
 
     def _begins_an_answer(self, data: bytes) -> bool:
         """Tell whether what should complete a frame looks like the beginning of the awaited answer."""
@@ -166,20 +178,25 @@ class _Wire(asyncio.Protocol):
 
     def _answered(self, tid: int, unit: int, pdu: bytes) -> None:
         asked = self._asked
-        if asked is None or asked.tid != tid:
+        if asked is None or asked.tid != tid or asked.answer.done():
             self._answered_late(tid)
-        elif asked.answer.done():
-            return
         elif unit != asked.unit:
             wrong = f"unit {unit} answered; expected {asked.unit}"
             asked.answer.set_exception(BadAnswer("wrong-unit", wrong))
         else:
+            self._unrequested = 0
+            self._useful = True
             asked.answer.set_result(pdu)
 
     def _answered_late(self, tid: int) -> None:
         """Begin the awaited request's time-out now: the one before it no longer occupies a gateway."""
         late = self._late.pop(tid, None)
         if late is None:
+            self._unrequested += 1
+            if self._unrequested > MAX_UNREQUESTED:
+                what = f"found {self._unrequested} answers in a row to no request; expected one to each"
+                hint = "does something else use this connection, or is it no Modbus device?"
+                self.fail(NotConnected("unrequested", f"{what}; {hint}"))
             return
         now_s = self._loop.time()
         self._probes.freed(late.unit, now_s, late.sent_s)
@@ -271,8 +288,14 @@ class _Wire(asyncio.Protocol):
         if self.open and self._transport is not None and delivery.undelivered(self._transport):
             self.fail(NotConnected("timeout", "nothing is taken any more; the connection is made anew"))
 
-    def fail(self, error: DeviceError) -> None:
-        """End the connection, with what it has not delivered; the request on the way gets the error."""
+    def fail(self, error: NotConnected) -> None:
+        """End the connection, with what it has not delivered; the request on the way gets the error.
+
+        It is a violation if frames came that nobody asked for, or if nothing came but what is no answer: a new
+        connection will not fare better.
+        """
+        if self.open and (error.reason == "unrequested" or (isinstance(error, Spoilt) and not self._useful)):
+            self.violation = error
         self.open = False
         if self._alarm is not None:
             self._alarm.cancel()

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from edgegw.drivers.modbus.rtu import RtuTransport
 from edgegw.drivers.modbus.tcp import TcpTransport
+from edgegw.errors import NotConnected
 
 
 class Transport(Protocol):
@@ -18,6 +19,11 @@ class Transport(Protocol):
     @property
     def connected(self) -> bool:
         """Whether a request may be sent."""
+        ...
+
+    @property
+    def violation(self) -> NotConnected | None:
+        """Why the last connection was ended, if for what the endpoint sent over it."""
         ...
 
     async def connect(self, timeout_s: float) -> None:
