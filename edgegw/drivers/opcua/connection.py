@@ -23,7 +23,7 @@ from asyncua.ua.uaerrors import BadTimeout, UaStatusCodeError
 
 from edgegw import clock
 from edgegw.drivers import delivery
-from edgegw.drivers.opcua import failures, request, values, wire, writing
+from edgegw.drivers.opcua import failures, framing, request, values, wire, writing
 from edgegw.drivers.opcua.block import Block, joined
 from edgegw.errors import BadAnswer, DeviceError, NoAnswer, NotConnected, Refused
 
@@ -52,6 +52,7 @@ class Connection:
         logging.getLogger("asyncua").setLevel(logging.CRITICAL + 1)  # what it has to say is said here, once
         self._timeout_s = timeout_s
         self._client = Client(_with_port(url), timeout=timeout_s, watchdog_intervall=max(timeout_s, 0.5))
+        framing.bound(self._client.uaclient, timeout_s, self._violated)
         self._client.session_timeout = int(max(SESSION_S, 4 * timeout_s) * 1000)
         self._client.connection_lost_callback = self._health_lost
         self._gone = asyncio.Event()
@@ -96,10 +97,8 @@ class Connection:
         blocks = []
         with self._errors("reading"):
             for chunk in _chunks(nodes, self.read_limit):
-                block = wire.read_response(await self._ask(request.read_request(chunk)))
-                if len(block.raws) != len(chunk):
-                    self._distrust(f"found {len(block.raws)} values; expected {len(chunk)}")
-                blocks.append(block)
+                body = await self._ask(request.read_request(chunk))
+                blocks.append(wire.read_response(body, len(chunk)))
         return joined(blocks)
 
     async def node_type(self, node: ua.NodeId) -> ua.VariantType:
@@ -341,7 +340,11 @@ class Connection:
             ours = failures.ours(error, doing, self._timeout_s)
             if isinstance(ours, NotConnected | BadAnswer):
                 self.lose(ours)
+                ours = self._failure or ours  # what ended the connection, not what followed from it
             raise ours from error
+
+    def _violated(self, error: ValueError) -> None:
+        self.lose(BadAnswer("bad-answer", str(error)))
 
     def _distrust(self, what: str) -> NoReturn:
         failure = BadAnswer("bad-answer", what)

@@ -78,16 +78,26 @@ class Publication(NamedTuple):
     """The status with which the server ends the subscription, 0 if it does not."""
 
 
-def read_response(body: bytes) -> Block:
-    """Return the values of a ReadResponse, in their order; raise failures.FOREIGN for what is none."""
+def read_response(body: bytes, expected: int | None = None) -> Block:
+    """Return the values of a ReadResponse, in their order; raise failures.FOREIGN for what is none.
+
+    Another number of values than expected is found out before any is decoded.
+    """
     if _usual(body, _READ):
         (count,) = _COUNT.unpack_from(body, _RESPONSE.size)
+        _check_count(count, expected)
         block, at = _block(body, _RESPONSE.size + _COUNT.size, count, "0s")
         if _COUNT.unpack_from(body, at)[0] in _NOTHING:
             return block._replace(places=range(count))
     response = struct_from_binary(ua.ReadResponse, Buffer(body))
     response.ResponseHeader.ServiceResult.check()
+    _check_count(len(response.Results), expected)
     return block_of(range(len(response.Results)), response.Results)
+
+
+def _check_count(count: int, expected: int | None) -> None:
+    if expected is not None and count != expected:
+        raise ValueError(f"found {count} values; expected {expected}")
 
 
 def publish_response(body: bytes) -> Publication:
