@@ -16,6 +16,7 @@ from edgegw.config.schema import OpcUaTag
 from edgegw.domain.quality import BAD_TEXT, NOT_A_NUMBER, bad, is_bad, uncertain
 from edgegw.domain.tag import Scalar, Value
 from edgegw.drivers.decimals import as_decimals
+from edgegw.drivers.scaling import scaling
 
 NO_VALUE = bad("no-value")
 TYPE_MISMATCH = bad("type-mismatch")
@@ -203,7 +204,8 @@ def _finished(tag: OpcUaTag, raw: Scalar) -> Scalar:
     if tag.scale != 1.0 or tag.offset != 0.0:
         if isinstance(raw, bool | str):
             raise WrongError(TYPE_MISMATCH)
-        raw = raw * tag.scale + tag.offset
+        applied = scaling(tag.scale, tag.offset)
+        raw = applied.whole(raw) if isinstance(raw, int) else applied.real(raw)
     if isinstance(raw, float) and not math.isfinite(raw):
         raise WrongError(NOT_A_NUMBER)
     return raw
