@@ -19,12 +19,13 @@ import pytest
 from asyncua import ua
 from asyncua.common.utils import ServiceError
 from asyncua.server.internal_session import InternalSession
+from asyncua.server.monitored_item_service import MonitoredItemService
 from asyncua.server.server import Server
 
 from edgegw import clock
 from edgegw.config.schema import OpcUaDevice
 from edgegw.domain.record import Scan
-from edgegw.drivers.opcua import connection
+from edgegw.drivers.opcua import connection, subscriber
 from edgegw.drivers.opcua.browse import Entry, browse
 from edgegw.drivers.opcua.driver import OpcUaDriver
 from edgegw.errors import BadAnswer, ConfigError, DeviceError, NoAnswer, NotConnected, Refused
@@ -47,9 +48,11 @@ NODES: dict[str, tuple[Any, str]] = {
 class Field:
     """A server process, and the pipe to tell it what to do."""
 
-    def __init__(self, port: int, *, read_limit: int = 0, items_limit: int = 0) -> None:
+    def __init__(
+        self, port: int, *, read_limit: int = 0, items_limit: int = 0, room: int = 0, subscriptions: int = 0
+    ) -> None:
         self.url = f"opc.tcp://127.0.0.1:{port}/"
-        self._arguments = [str(port), str(read_limit), str(items_limit)]
+        self._arguments = [str(port), str(read_limit), str(items_limit), str(room), str(subscriptions)]
         self._process: subprocess.Popen[str] | None = None
 
     @property
@@ -303,7 +306,7 @@ async def test_a_frozen_server_is_noticed_and_found_again_when_thawed(field: Fie
 
 
 async def test_a_subscription_gone_silent_is_made_anew(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "KEEP_ALIVE_S", 0.2)
+    monkeypatch.setattr(subscriber, "KEEP_ALIVE_S", 0.2)
     async with OpcUaDriver("plant", config(field.url)) as driver:
         await values_once(driver, set(EVERY))
         await field.tell(hush=True)
@@ -316,7 +319,7 @@ async def test_a_subscription_gone_silent_is_made_anew(field: Field, monkeypatch
 async def test_a_subscription_that_the_server_has_forgotten_is_made_anew(
     field: Field, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "KEEP_ALIVE_S", 0.2)
+    monkeypatch.setattr(subscriber, "KEEP_ALIVE_S", 0.2)
     async with OpcUaDriver("plant", config(field.url)) as driver:
         await values_once(driver, set(EVERY))
         await field.tell(forget=True)
@@ -631,8 +634,25 @@ def test_a_url_without_a_port_means_4840() -> None:
     assert connection._with_port("opc.tcp://host:1/") == "opc.tcp://host:1/"
 
 
-async def serve(port: int, read_limit: int, items_limit: int) -> None:
+def crowded(room: int) -> None:
+    """Have a subscription take so many monitored items and refuse the rest."""
+    create = MonitoredItemService.create_monitored_items
+
+    async def limited(self: MonitoredItemService, params: Any) -> list[ua.MonitoredItemCreateResult]:
+        free = max(0, room - len(self._monitored_items))
+        wanted, params.ItemsToCreate = params.ItemsToCreate, params.ItemsToCreate[:free]
+        refused = ua.MonitoredItemCreateResult(
+            StatusCode=ua.StatusCode(ua.StatusCodes.BadTooManyMonitoredItems)
+        )
+        return await create(self, params) + [refused] * (len(wanted) - len(params.ItemsToCreate))
+
+    MonitoredItemService.create_monitored_items = limited  # type: ignore[method-assign]
+
+
+async def serve(port: int, read_limit: int, items_limit: int, room: int, subscriptions: int) -> None:
     """Be the server: limits are enforced with BadTooManyOperations; commands come as JSON lines."""
+    if room:
+        crowded(room)
     calls: dict[str, list[int]] = {"read": [], "items": []}
 
     def limited(name: str, kind: str, limit: int, count: Callable[[Any], int]) -> None:
@@ -651,6 +671,8 @@ async def serve(port: int, read_limit: int, items_limit: int) -> None:
     limited("create_monitored_items", "items", items_limit, lambda params: len(params.ItemsToCreate))
     server = Server()
     await server.init()
+    if subscriptions:
+        server.iserver.max_subscriptions = subscriptions
     server.set_endpoint(f"opc.tcp://127.0.0.1:{port}/")
     server.set_security_policy([ua.SecurityPolicyType.NoSecurity])
     space = await server.register_namespace("urn:test")
@@ -686,6 +708,8 @@ async def serve(port: int, read_limit: int, items_limit: int) -> None:
                 await reset()
             elif "calls" in command:
                 done = calls
+            elif "subscriptions" in command:
+                done = len(server.iserver.subscription_service.subscriptions)
             elif "sessions" in command:
                 done = len(server.iserver._external_sessions)
             elif "hush" in command:

@@ -211,10 +211,19 @@ class OpcUaDriver:
         def published(block: Block) -> None:
             self._enqueue(connection, block)
 
-        statuses = await connection.subscribe(self._nodes, self._config.every.s, published)
-        wrong = {place: ua.DataValue(StatusCode=s) for place, s in enumerate(statuses) if not s.is_good()}
+        found = await connection.subscribe(self._nodes, self._config.every.s, published)
+        wrong = {
+            place: ua.DataValue(StatusCode=s) for place, s in enumerate(found.statuses) if not s.is_good()
+        }
         if wrong:
             self._enqueue(connection, block_of(list(wrong), list(wrong.values())))
+        if found.polled:
+            log.warning(
+                "%s: %d of %d tags are polled: the server has room for no more in %d subscriptions",
+                self._where, len(found.polled), len(self._nodes), found.subscriptions,
+            )  # fmt: skip
+        elif found.subscriptions > 1:
+            log.info("%s: %d tags in %d subscriptions", self._where, len(self._nodes), found.subscriptions)
 
     def _enqueue(self, connection: Connection, block: Block) -> None:
         waiting = self._queued + len(block.raws)
