@@ -11,6 +11,7 @@ from pymodbus.framer import FramerType
 from pymodbus.pdu import ModbusPDU
 
 from edgegw.drivers import delivery
+from edgegw.drivers.modbus.connecting import network_failure, serial_failure
 from edgegw.drivers.modbus.probes import Probes
 from edgegw.errors import BadAnswer, NoAnswer, NotConnected, NotSent
 
@@ -70,6 +71,7 @@ class RtuTransport:
         """Connect; raise NotConnected."""
         self.close()
         client = _client(self._url, timeout_s)
+        cause = _kept_cause(client)
         try:
             done = await client.connect()
             _still_wanted()
@@ -79,7 +81,10 @@ class RtuTransport:
             client.close()
             raise
         if not done:
-            raise NotConnected("refused", "no connection; is it switched on, and is the address right?")
+            why = cause[0] if cause else TimeoutError()
+            if self._url.startswith("serial:"):
+                raise serial_failure(urlsplit(self._url).path, why, timeout_s)
+            raise network_failure(why, timeout_s)
         self._client = client
 
     async def call(self, unit: int, pdu: bytes, timeout_s: float) -> bytes:
@@ -124,6 +129,22 @@ class RtuTransport:
 
     def recall(self) -> None:
         """Do nothing: a request without an answer has ended the connection already."""
+
+
+def _kept_cause(client: Any) -> list[OSError]:
+    """Return a list that gets why the client cannot connect, which pymodbus only says in its log."""
+    causes: list[OSError] = []
+    create = client.ctx.call_create
+
+    async def kept() -> Any:
+        try:
+            return await create()
+        except OSError as error:
+            causes.append(error)
+            raise
+
+    client.ctx.call_create = kept
+    return causes
 
 
 def _still_wanted() -> None:

@@ -16,6 +16,7 @@ from pymodbus.framer import FramerSocket
 from pymodbus.pdu import DecodePDU
 
 from edgegw.drivers import delivery
+from edgegw.drivers.modbus.connecting import network_failure
 from edgegw.drivers.modbus.probes import Probes
 from edgegw.errors import BadAnswer, NoAnswer, NotConnected, NotSent, Spoilt
 
@@ -57,19 +58,8 @@ class TcpTransport:
                 _, self._wire = await self._loop.create_connection(
                     lambda: _Wire(self._probes), self._host, self._port, ssl=context
                 )
-        except TimeoutError:
-            raise NotConnected("unreachable", f"no connection in {timeout_s} s") from None
-        except ConnectionRefusedError:
-            raise NotConnected(
-                "refused", "connection refused; is it switched on, and is the port right?"
-            ) from None
-        except ssl.SSLCertVerificationError as error:
-            raise NotConnected(
-                "not-trusted",
-                f"certificate refused: {error.verify_message}; is its CA in the system's store or in SSL_CERT_FILE?",
-            ) from None
         except OSError as error:
-            raise NotConnected("unreachable", (error.strerror or str(error)).lower()) from None
+            raise network_failure(error, timeout_s) from None
 
     def call(self, unit: int, pdu: bytes, timeout_s: float) -> Awaitable[bytes]:
         """Send a request PDU and return the PDU that answers it; raise DeviceError."""
