@@ -41,6 +41,7 @@ NODES: dict[str, tuple[Any, str]] = {
     "On": (True, "Boolean"),
     "Name": ("meter", "String"),
     "Curve": ([1.0, 2.5], "Double"),
+    "Matrix": ([[1.0, 2.5], [3.0, 4.0]], "Double"),
     **{f"N{i}": (float(i), "Double") for i in range(MANY)},
 }
 
@@ -218,6 +219,38 @@ async def test_bad_and_uncertain_are_kept_as_quality(field: Field, mode: str) ->
         (one,) = await scan(driver)
     assert one.quality == {"voltage": "uncertain:last-usable-value", "count": "bad:sensor-failure"}
     assert one.values == EVERY | {"voltage": 231.0, "count": None}
+
+
+@MODES
+async def test_what_a_tag_cannot_take_is_bad_and_said_once_for_each_connection(
+    field: Field, mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A matrix, and texts where numbers are configured: the mistake of whoever wrote the configuration."""
+    mistyped = {
+        "float": {"type": "float64"}, "int": {"type": "int32", "scale": 0.1}, "flag": {"type": "bool"},
+        "scaled": {"scale": 0.001}, "array": {"type": "float64[]"},
+    }  # fmt: skip
+    tags = {name: keys | {"address": "ns=2;s=Name"} for name, keys in mistyped.items()}
+    tags |= {"matrix": {"address": "ns=2;s=Matrix"}, "voltage": {"address": "ns=2;s=Voltage"}}
+    async with OpcUaDriver("plant", config(field.url, mode=mode, tags=tags)) as driver:
+        (one,) = await scan(driver)
+        assert one.values == dict.fromkeys(tags) | {"voltage": 230.5}
+        assert one.quality == dict.fromkeys(mistyped, "bad:type-mismatch") | {
+            "matrix": "bad:unsupported-type"
+        }
+        await field.set("Name", "12.5", "String")
+        assert (await scan(driver))[0].values["float"] is None
+        found = [line for line in caplog.messages if "cannot take" in line]
+        assert found == [
+            f"device.plant ({field.url}): found values that tags cannot take: float (type-mismatch), "
+            "int (type-mismatch), flag (type-mismatch), scaled (type-mismatch), array (type-mismatch) and 1 more; "
+            "expected the configured type, and no matrix or structure"
+        ]
+        field.kill()
+        await error_of(driver)
+        await field.start()
+        await working(driver)
+        assert len([line for line in caplog.messages if "cannot take" in line]) == 2
 
 
 @MODES

@@ -55,6 +55,7 @@ class OpcUaDriver:
         self._queue: deque[tuple[int, Block] | DeviceError] = deque()
         self._queued = 0
         self._overflowing: set[str] = set()
+        self._unusable: set[str] = set()
         self._connection: Connection | None = None
         self._failure: DeviceError | None = None
         self._news = asyncio.Event()
@@ -164,7 +165,25 @@ class OpcUaDriver:
         await self._news.wait()
 
     def _scans(self, now_ms: int, block: Block) -> list[Scan]:
-        return self._points.scans(block, now_ms, by_source=self._config.timestamp == "source")
+        scans = self._points.scans(block, now_ms, by_source=self._config.timestamp == "source")
+        for scan in scans:
+            if scan.quality:
+                self._log_unusable(scan.quality)
+        return scans
+
+    def _log_unusable(self, qualities: Mapping[str, str]) -> None:
+        """Say once for each connection which tags have values that they cannot take."""
+        new = {
+            tag: why for tag, why in qualities.items() if why in values.UNUSABLE and tag not in self._unusable
+        }
+        if not new:
+            return
+        self._unusable |= new.keys()
+        named = [f"{tag} ({why.removeprefix('bad:')})" for tag, why in new.items()]
+        log.warning(
+            "%s: found values that tags cannot take: %s%s; expected the configured type, and no matrix or structure",
+            self._where, ", ".join(named[:5]), f" and {len(named) - 5} more" if len(named) > 5 else "",
+        )  # fmt: skip
 
     async def _keep(self) -> None:
         """Connect, and again whenever the connection is lost, until cancelled."""
@@ -182,6 +201,7 @@ class OpcUaDriver:
         connection = Connection(self._config.url, self._config.timeout.s)
         try:
             await connection.connect()
+            self._unusable.clear()
             await self._learn(connection)
             if self.period_s is None:
                 await self._subscribe(connection)

@@ -21,6 +21,8 @@ from edgegw.drivers.scaling import scaling
 NO_VALUE = bad("no-value")
 TYPE_MISMATCH = bad("type-mismatch")
 UNSUPPORTED_TYPE = bad("unsupported-type")
+UNUSABLE = (TYPE_MISMATCH, UNSUPPORTED_TYPE)
+"""What only another configuration can mend."""
 TYPES = {
     ua.VariantType.SByte: "int8", ua.VariantType.Byte: "uint8", ua.VariantType.Int16: "int16",
     ua.VariantType.UInt16: "uint16", ua.VariantType.Int32: "int32", ua.VariantType.UInt32: "uint32",
