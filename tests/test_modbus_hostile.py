@@ -13,6 +13,7 @@ from test_modbus_driver import after_reconnecting, config, drivers, scanned
 from test_scanner import scanning
 
 from edgegw.drivers.modbus import tcp
+from edgegw.drivers.modbus.rtu import RtuTransport
 from edgegw.drivers.modbus.tcp import MAX_UNREQUESTED, TcpTransport
 from edgegw.errors import DeviceError, NotConnected, Spoilt
 
@@ -83,6 +84,30 @@ async def test_few_frames_that_nobody_asked_for_are_looked_at_and_connections_be
         assert 1 <= len(attempts) <= 14, "by chance a wait may be short, but not each"
         assert ("garbage" if kind == "garbage" else "unrequested") in reasons
         assert frames <= len(attempts) * (MAX_UNREQUESTED + 1) + answered
+
+
+@pytest.mark.parametrize("kind", ["rtu_stream", "rtu_drip"])
+async def test_bytes_that_no_line_could_carry_end_a_connection_and_these_become_rare(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: list[float] = []
+    connect = RtuTransport.connect
+
+    async def counted(self: RtuTransport, timeout_s: float) -> None:
+        attempts.append(time.monotonic())
+        await connect(self, timeout_s)
+
+    monkeypatch.setattr(RtuTransport, "connect", counted)
+    async with hostile(kind) as made, drivers(config(f"rtu+tcp://127.0.0.1:{made.port}")) as (driver,):
+        began_s = time.monotonic()
+        reasons: set[str] = set()
+        while time.monotonic() - began_s < 1.5:
+            with pytest.raises(DeviceError) as caught:
+                await driver.scan()
+            reasons.add(caught.value.reason)
+            await asyncio.sleep(0.01)
+        assert "unrequested" in reasons
+        assert 1 <= len(attempts) <= 14, "by chance a wait may be short, but not each"
 
 
 async def test_frames_in_a_row_that_answer_nothing_end_the_connection_and_the_reason_is_told() -> None:

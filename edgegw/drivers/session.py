@@ -107,8 +107,10 @@ class Session(Generic[C]):
             if self._crash is not None:
                 raise self._crash
             if not self.connection.connected:
-                raise self._failure or NotConnected(
-                    "connection-lost", "the connection is gone; a new one is being tried"
+                raise (
+                    self._failure
+                    or self.connection.violation
+                    or NotConnected("connection-lost", "the connection is gone; a new one is being tried")
                 )
         return self.connection
 

@@ -18,6 +18,13 @@ from edgegw.errors import BadAnswer, NoAnswer, NotConnected, NotSent
 logging.getLogger("pymodbus").setLevel(logging.CRITICAL)  # what goes wrong is said once, by the scanner
 
 
+MAX_UNREQUESTED_BYTES = 64 * 1024
+"""Bytes over TCP since the last request, more of which end a connection.
+
+A converter may pass on what other masters read: 11.5 kB/s at 115,200 baud, which ends one now and then without harm.
+"""
+
+
 class _RawRequest(ModbusPDU):
     """A request whose bytes are already there."""
 
@@ -60,6 +67,7 @@ class RtuTransport:
         self._late_until: dict[int, float] = {}
         self._probes = Probes()
         self._loop = asyncio.get_running_loop()
+        self._received = 0
         self.violation: NotConnected | None = None
 
     @property
@@ -70,8 +78,11 @@ class RtuTransport:
     async def connect(self, timeout_s: float) -> None:
         """Connect; raise NotConnected."""
         self.close()
+        self.violation = None
         client = _client(self._url, timeout_s)
         cause = _kept_cause(client)
+        if not self._url.startswith("serial:"):
+            self._bound(client)
         try:
             done = await client.connect()
             _still_wanted()
@@ -98,10 +109,13 @@ class RtuTransport:
             client.ctx.comm_params.timeout_connect = timeout_s
             sent_s = self._loop.time()
             response: Any = None
+            self._received = 0
             try:
                 response = await client.execute(False, _RawRequest(unit, pdu))
                 _still_wanted()
             except ModbusException as error:
+                if self.violation is not None:
+                    raise self.violation from None
                 if "No response" in str(error):
                     self._probes.failed(unit, "timeout", self._loop.time(), sent_s)
                     raise NoAnswer("timeout", f"no answer in {timeout_s} s") from None
@@ -126,6 +140,24 @@ class RtuTransport:
             if isinstance(client, AsyncModbusTcpClient) and client.ctx.transport is not None:
                 delivery.discard(cast(asyncio.Transport, client.ctx.transport))
             client.close()
+
+    def _bound(self, client: Any) -> None:
+        """End the connection on more bytes without a request than a serial line can carry in that time."""
+        receive = client.ctx.data_received
+
+        def received(data: bytes) -> None:
+            self._received += len(data)
+            if self._received <= MAX_UNREQUESTED_BYTES:
+                receive(data)
+                return
+            what = f"found {self._received} bytes since the last request; expected one answer of 256 at most"
+            self.violation = NotConnected("unrequested", f"{what}; is there a serial line behind it?")
+            waiting = client.ctx.response_future
+            self.close()
+            if self._turn.locked() and not waiting.done():
+                waiting.set_exception(ModbusException("unrequested"))
+
+        client.ctx.data_received = received
 
     def recall(self) -> None:
         """Do nothing: a request without an answer has ended the connection already."""

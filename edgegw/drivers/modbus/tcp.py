@@ -43,12 +43,17 @@ class TcpTransport:
         self._wire: _Wire | None = None
         self._probes = Probes()
         self._loop = asyncio.get_running_loop()
-        self.violation: NotConnected | None = None
+        self._violation: NotConnected | None = None
 
     @property
     def connected(self) -> bool:
         """Whether a request may be sent."""
         return self._wire is not None and self._wire.open
+
+    @property
+    def violation(self) -> NotConnected | None:
+        """Why the last connection was ended, if for what the endpoint sent over it."""
+        return self._wire.violation if self._wire is not None else self._violation
 
     async def connect(self, timeout_s: float) -> None:
         """Connect; raise NotConnected."""
@@ -80,7 +85,7 @@ class TcpTransport:
         """Close the connection; what is on the way raises NotConnected."""
         wire, self._wire = self._wire, None
         if wire is not None:
-            self.violation = wire.violation
+            self._violation = wire.violation
             wire.fail(NotConnected("closed", "the connection was closed"))
 
 
