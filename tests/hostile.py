@@ -112,6 +112,16 @@ class Endpoint:
         for sequence in range(1, 2**31):
             self.send(chunk(b"A", struct.pack("<4IIi", 0, 0, sequence, 1, 0x80010000, -1)))
 
+    def lengthy(self) -> None:
+        """An answer to the request for a channel that has a megabyte."""
+        self._sock.recv(CHUNK)
+        self.send(ACKNOWLEDGE)
+        self._sock.recv(CHUNK)
+        for sequence in range(1, 17):
+            part = b"F" if sequence == 16 else b"C"
+            self.send(chunk(part, struct.pack("<4I", 0, 0, sequence, 1) + bytes(65_000)))
+        self.drain()
+
     def unasked(self) -> None:
         """Messages that answer no request, without end."""
         self._sock.recv(CHUNK)

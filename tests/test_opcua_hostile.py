@@ -29,6 +29,7 @@ KINDS = {
     "giant": f"found a chunk of 2147483647 bytes; expected {MAX_CHUNK_BYTES} at most",
     "endless": f"found a message of {MAX_CHUNKS + 1} chunks",
     "aborted": f"found {MAX_ABORTED + 1} messages in a row that are aborted",
+    "lengthy": "found an answer of 1040000 bytes to a request of a few; expected 131072 at most",
     "unasked": "found an answer to request 77777, which was not made",
 }
 

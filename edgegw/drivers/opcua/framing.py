@@ -14,12 +14,18 @@ from asyncua.client.ua_client import UaClient, UASocketProtocol
 from asyncua.common.connection import TransportLimits
 from asyncua.ua.ua_binary import uatcp_to_binary
 
+from edgegw.drivers.opcua.request import ReadEncoded
+
 MAX_CHUNK_BYTES = 65_536
 """Of one chunk, headers included: what the Hello tells the server (OPC UA Part 6, 7.1.2.3)."""
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 MIN_CHUNK_BYTES = 8192
 """The least that either side has to accept (7.1.2.3)."""
 MAX_CHUNKS = MAX_MESSAGE_BYTES // MIN_CHUNK_BYTES
+MAX_SHORT_BYTES = 128 * 1024
+"""Of an answer that asyncua decodes as a whole, at up to 7 µs a byte."""
+_LONG = (ReadEncoded, ua.PublishRequest, ua.BrowseRequest, ua.BrowseNextRequest)
+"""Requests whose answers may be as long as a message: those that are decoded here, and what a person waits for."""
 MAX_ABORTED = 16
 """Messages in a row that the server may begin and not end."""
 
@@ -67,6 +73,7 @@ class BoundedProtocol(UASocketProtocol):
         self._violated = violated
         self._bounds = MessageBounds()
         self._received = bytearray()
+        self._short: set[int] = set()
 
     def data_received(self, data: bytes) -> None:
         """Pass on the chunks that are whole; each byte is copied twice, however many packets it comes in."""
@@ -116,10 +123,25 @@ class BoundedProtocol(UASocketProtocol):
             )
         super()._process_received_message(msg)
 
+    def _send_request(
+        self, request: Any, timeout: float = 1, message_type: Any = ua.MessageType.SecureMessage
+    ) -> "asyncio.Future[Any]":
+        future = super()._send_request(request, timeout, message_type)
+        if not isinstance(request, _LONG):
+            self._short.add(self._request_id)
+        return future
+
     def _call_callback(self, request_id: int, body: Any) -> None:
         if request_id not in self._callbackmap:
             self._violated(ValueError(f"found an answer to request {request_id}, which was not made"))
-        super()._call_callback(request_id, body)  # raises then, and the connection ends
+        if request_id in self._short:
+            self._short.remove(request_id)
+            if len(body) > MAX_SHORT_BYTES:
+                what = f"found an answer of {len(body)} bytes to a request of a few"
+                error = ValueError(f"{what}; expected {MAX_SHORT_BYTES} at most")
+                self._violated(error)
+                raise error
+        super()._call_callback(request_id, body)  # raises if it is not there, and the connection ends
 
     def _end(self, error: ValueError) -> None:
         self._received.clear()
