@@ -18,7 +18,8 @@ from rig import free_port
 from edgegw.config.schema import ModbusDevice
 from edgegw.domain.record import Scan
 from edgegw.drivers.modbus.driver import ModbusDriver
-from edgegw.drivers.modbus.transport import TcpTransport, Transport, open_transport
+from edgegw.drivers.modbus.tcp import TcpTransport
+from edgegw.drivers.modbus.transport import Transport, open_transport
 from edgegw.drivers.session import RETRY_FIRST_S, RETRY_MOST_S, Sessions
 from edgegw.errors import BadAnswer, DeviceError, NoAnswer, NotConnected, Refused, Unconfirmed
 

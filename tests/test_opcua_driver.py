@@ -19,12 +19,13 @@ import pytest
 from asyncua import ua
 from asyncua.common.utils import ServiceError
 from asyncua.server.internal_session import InternalSession
+from asyncua.server.monitored_item_service import MonitoredItemService
 from asyncua.server.server import Server
 
 from edgegw import clock
 from edgegw.config.schema import OpcUaDevice
 from edgegw.domain.record import Scan
-from edgegw.drivers.opcua import connection
+from edgegw.drivers.opcua import connection, subscriber
 from edgegw.drivers.opcua.browse import Entry, browse
 from edgegw.drivers.opcua.driver import OpcUaDriver
 from edgegw.errors import BadAnswer, ConfigError, DeviceError, NoAnswer, NotConnected, Refused
@@ -40,6 +41,7 @@ NODES: dict[str, tuple[Any, str]] = {
     "On": (True, "Boolean"),
     "Name": ("meter", "String"),
     "Curve": ([1.0, 2.5], "Double"),
+    "Matrix": ([[1.0, 2.5], [3.0, 4.0]], "Double"),
     **{f"N{i}": (float(i), "Double") for i in range(MANY)},
 }
 
@@ -47,9 +49,11 @@ NODES: dict[str, tuple[Any, str]] = {
 class Field:
     """A server process, and the pipe to tell it what to do."""
 
-    def __init__(self, port: int, *, read_limit: int = 0, items_limit: int = 0) -> None:
+    def __init__(
+        self, port: int, *, read_limit: int = 0, items_limit: int = 0, room: int = 0, subscriptions: int = 0
+    ) -> None:
         self.url = f"opc.tcp://127.0.0.1:{port}/"
-        self._arguments = [str(port), str(read_limit), str(items_limit)]
+        self._arguments = [str(port), str(read_limit), str(items_limit), str(room), str(subscriptions)]
         self._process: subprocess.Popen[str] | None = None
 
     @property
@@ -218,6 +222,38 @@ async def test_bad_and_uncertain_are_kept_as_quality(field: Field, mode: str) ->
 
 
 @MODES
+async def test_what_a_tag_cannot_take_is_bad_and_said_once_for_each_connection(
+    field: Field, mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A matrix, and texts where numbers are configured: the mistake of whoever wrote the configuration."""
+    mistyped = {
+        "float": {"type": "float64"}, "int": {"type": "int32", "scale": 0.1}, "flag": {"type": "bool"},
+        "scaled": {"scale": 0.001}, "array": {"type": "float64[]"},
+    }  # fmt: skip
+    tags = {name: keys | {"address": "ns=2;s=Name"} for name, keys in mistyped.items()}
+    tags |= {"matrix": {"address": "ns=2;s=Matrix"}, "voltage": {"address": "ns=2;s=Voltage"}}
+    async with OpcUaDriver("plant", config(field.url, mode=mode, tags=tags)) as driver:
+        (one,) = await scan(driver)
+        assert one.values == dict.fromkeys(tags) | {"voltage": 230.5}
+        assert one.quality == dict.fromkeys(mistyped, "bad:type-mismatch") | {
+            "matrix": "bad:unsupported-type"
+        }
+        await field.set("Name", "12.5", "String")
+        assert (await scan(driver))[0].values["float"] is None
+        found = [line for line in caplog.messages if "cannot take" in line]
+        assert found == [
+            f"device.plant ({field.url}): found values that tags cannot take: float (type-mismatch), "
+            "int (type-mismatch), flag (type-mismatch), scaled (type-mismatch), array (type-mismatch) and 1 more; "
+            "expected the configured type, and no matrix or structure"
+        ]
+        field.kill()
+        await error_of(driver)
+        await field.start()
+        await working(driver)
+        assert len([line for line in caplog.messages if "cannot take" in line]) == 2
+
+
+@MODES
 async def test_an_unknown_node_harms_no_other(field: Field, mode: str) -> None:
     tags = {"gone": {"address": "ns=2;s=Gone"}, "voltage": {"address": "ns=2;s=Voltage"}}
     async with OpcUaDriver("plant", config(field.url, mode=mode, tags=tags)) as driver:
@@ -303,7 +339,7 @@ async def test_a_frozen_server_is_noticed_and_found_again_when_thawed(field: Fie
 
 
 async def test_a_subscription_gone_silent_is_made_anew(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "KEEP_ALIVE_S", 0.2)
+    monkeypatch.setattr(subscriber, "KEEP_ALIVE_S", 0.2)
     async with OpcUaDriver("plant", config(field.url)) as driver:
         await values_once(driver, set(EVERY))
         await field.tell(hush=True)
@@ -316,7 +352,7 @@ async def test_a_subscription_gone_silent_is_made_anew(field: Field, monkeypatch
 async def test_a_subscription_that_the_server_has_forgotten_is_made_anew(
     field: Field, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "KEEP_ALIVE_S", 0.2)
+    monkeypatch.setattr(subscriber, "KEEP_ALIVE_S", 0.2)
     async with OpcUaDriver("plant", config(field.url)) as driver:
         await values_once(driver, set(EVERY))
         await field.tell(forget=True)
@@ -633,8 +669,25 @@ def test_a_url_without_a_port_means_4840() -> None:
     assert connection._with_port("opc.tcp://host:1/") == "opc.tcp://host:1/"
 
 
-async def serve(port: int, read_limit: int, items_limit: int) -> None:
+def crowded(room: int) -> None:
+    """Have a subscription take so many monitored items and refuse the rest."""
+    create = MonitoredItemService.create_monitored_items
+
+    async def limited(self: MonitoredItemService, params: Any) -> list[ua.MonitoredItemCreateResult]:
+        free = max(0, room - len(self._monitored_items))
+        wanted, params.ItemsToCreate = params.ItemsToCreate, params.ItemsToCreate[:free]
+        refused = ua.MonitoredItemCreateResult(
+            StatusCode=ua.StatusCode(ua.StatusCodes.BadTooManyMonitoredItems)
+        )
+        return await create(self, params) + [refused] * (len(wanted) - len(params.ItemsToCreate))
+
+    MonitoredItemService.create_monitored_items = limited  # type: ignore[method-assign]
+
+
+async def serve(port: int, read_limit: int, items_limit: int, room: int, subscriptions: int) -> None:
     """Be the server: limits are enforced with BadTooManyOperations; commands come as JSON lines."""
+    if room:
+        crowded(room)
     calls: dict[str, list[int]] = {"read": [], "items": []}
 
     def limited(name: str, kind: str, limit: int, count: Callable[[Any], int]) -> None:
@@ -653,6 +706,8 @@ async def serve(port: int, read_limit: int, items_limit: int) -> None:
     limited("create_monitored_items", "items", items_limit, lambda params: len(params.ItemsToCreate))
     server = Server()
     await server.init()
+    if subscriptions:
+        server.iserver.max_subscriptions = subscriptions
     server.set_endpoint(f"opc.tcp://127.0.0.1:{port}/")
     server.set_security_policy([ua.SecurityPolicyType.NoSecurity])
     space = await server.register_namespace("urn:test")
@@ -688,6 +743,8 @@ async def serve(port: int, read_limit: int, items_limit: int) -> None:
                 await reset()
             elif "calls" in command:
                 done = calls
+            elif "subscriptions" in command:
+                done = len(server.iserver.subscription_service.subscriptions)
             elif "sessions" in command:
                 done = len(server.iserver._external_sessions)
             elif "hush" in command:

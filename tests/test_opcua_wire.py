@@ -258,6 +258,9 @@ BROKEN = {
     "a text longer than the rest": struct.pack("<BBi", 1, 12, 9),
     "a text shorter than nothing": struct.pack("<BBi", 1, 12, -9),
     "an array of nulls without end": struct.pack("<BBi", 1, 0x80, 2**31 - 1),
+    "an array of nulls in a variant of a variant": struct.pack("<BBiBi", 1, 0x98, 1, 0x80, 2**31 - 1),
+    "a null array in an array of variants": struct.pack("<BBiBBi", 1, 0x98, 2, 0, 0x80, 2**31 - 1),
+    "more variants than anybody means": struct.pack("<BBi", 1, 0x98, 600_000) + bytes(600_000),
     "a variant in a variant, and so on": b"\x01" + 20_000 * b"\x18",
 }
 

@@ -41,8 +41,8 @@ def _rounded(values: Sequence[float]) -> Sequence[float]:
     again = _read_back(short)
     if again == tuple(values):
         return short
-    exact = _digits(values, 9)
-    return [a if b == c else d for a, b, c, d in zip(short, again, values, exact, strict=True)]
+    rest = iter(_digits([value for value, back in zip(values, again, strict=True) if value != back], 9))
+    return [a if b == c else next(rest) for a, b, c in zip(short, again, values, strict=True)]
 
 
 def _digits(values: Sequence[float], digits: int) -> list[float]:

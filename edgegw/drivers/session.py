@@ -9,12 +9,15 @@ from typing import Generic, Protocol, TypeVar
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
+from edgegw import clock
 from edgegw.errors import NotConnected
 
 log = logging.getLogger(__name__)
 
 RETRY_FIRST_S = 0.2
 RETRY_MOST_S = 5.0
+STABLE_AFTER_S = 5.0
+"""A connection that lasted so long is made anew at once, whatever ended it."""
 
 
 class Connection(Protocol):
@@ -23,6 +26,11 @@ class Connection(Protocol):
     @property
     def connected(self) -> bool:
         """Whether it can be used."""
+        ...
+
+    @property
+    def violation(self) -> NotConnected | None:
+        """Why the last connection was ended, if for what the endpoint sent over it."""
         ...
 
     async def connect(self, timeout_s: float) -> None:
@@ -38,7 +46,10 @@ C = TypeVar("C", bound=Connection)
 
 
 class Session(Generic[C]):
-    """Connects, and connects again with jittered exponential back-off whenever the connection is gone."""
+    """Connects, and connects again with jittered exponential back-off whenever the connection is gone.
+
+    A connection that the endpoint's bytes brought to an end soon counts as an attempt that failed.
+    """
 
     def __init__(self, connection: C, timeout_s: float) -> None:
         self.connection = connection
@@ -61,14 +72,22 @@ class Session(Generic[C]):
                 ):
                     with attempt:
                         await self.connection.connect(self._timeout_s)
-                self._failure = None
-                self._lost.clear()
-                self._tried.set()
-                for notify in self.listeners:
-                    notify()
-                await self._lost.wait()
+                        await self._until_lost()
         finally:
             self.connection.close()
+
+    async def _until_lost(self) -> None:
+        """Have the connection used until it is lost; raise its violation if it did not last for one."""
+        since_s = clock.mono_s()
+        self._failure = None
+        self._lost.clear()
+        self._tried.set()
+        for notify in self.listeners:
+            notify()
+        await self._lost.wait()
+        violation = self.connection.violation
+        if violation is not None and clock.mono_s() - since_s < STABLE_AFTER_S:
+            raise violation
 
     def _failed(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -88,8 +107,10 @@ class Session(Generic[C]):
             if self._crash is not None:
                 raise self._crash
             if not self.connection.connected:
-                raise self._failure or NotConnected(
-                    "connection-lost", "the connection is gone; a new one is being tried"
+                raise (
+                    self._failure
+                    or self.connection.violation
+                    or NotConnected("connection-lost", "the connection is gone; a new one is being tried")
                 )
         return self.connection
 

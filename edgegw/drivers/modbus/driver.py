@@ -223,8 +223,8 @@ class ModbusDriver:
             return session.connection
         try:
             return await self._ready()
-        except NotConnected:
-            if self._alone:
+        except NotConnected as error:
+            if self._alone and not isinstance(error, Spoilt):
                 await self._join(own=False)
             raise
 

@@ -16,6 +16,7 @@ from edgegw.domain.quality import BAD_TEXT, NOT_A_NUMBER
 from edgegw.domain.tag import Value
 from edgegw.drivers.decimals import as_decimals
 from edgegw.drivers.modbus.plan import Block
+from edgegw.drivers.scaling import scaling
 
 CODES = {
     "bool": "H", "int16": "h", "uint16": "H", "int32": "i", "uint32": "I", "int64": "q", "uint64": "Q",
@@ -148,7 +149,5 @@ def _finish(tag: ModbusTag) -> Callable[[Any], Value] | None:
         return lambda raw: raw[:length].split(b"\0", 1)[0].decode("utf-8").rstrip(" ")
     if tag.scale == 1.0 and tag.offset == 0.0:
         return None
-    scale, offset = tag.scale, tag.offset
-    if offset == 0.0:
-        return lambda raw: raw * scale
-    return lambda raw: raw * scale + offset
+    applied = scaling(tag.scale, tag.offset)
+    return applied.real if tag.type.startswith("float") else applied.whole

@@ -8,6 +8,7 @@ from edgegw.config.schema import ModbusTag
 from edgegw.domain.tag import Scalar
 from edgegw.drivers.modbus import pdu
 from edgegw.drivers.modbus.registers import CODES, byte_places
+from edgegw.drivers.scaling import unscaled
 from edgegw.errors import Refused
 
 MOST_REGISTERS = 123
@@ -36,8 +37,8 @@ def write_request(tag: ModbusTag, value: Scalar, held: bytes = b"\0\0") -> bytes
 def encode(tag: ModbusTag, value: Scalar, held: bytes = b"\0\0") -> bytes:
     """Return the bytes of a tag's registers as they go over the wire; raise Refused if it cannot hold the value.
 
-    A number is brought from the tag's unit to the raw one and, for an integer type, rounded to the nearest, a half
-    to the even one. A text is filled up with NUL.
+    A number is brought from the tag's unit to the raw one, in decimals, and for an integer type rounded to the
+    nearest, a half to the even one. A text is filled up with NUL.
     """
     size = tag.registers * 2
     places = byte_places(tag, size)
@@ -82,7 +83,7 @@ def _number(tag: ModbusTag, value: Scalar) -> bytes:
         raise Refused("not-a-number", f"found {value!r}; expected a finite number")
     raw: int | float | Fraction = value
     if tag.scale != 1.0 or tag.offset != 0.0:
-        raw = (Fraction(value) - Fraction(tag.offset)) / Fraction(tag.scale)
+        raw = unscaled(value, tag.scale, tag.offset)
     try:
         exact = float(raw) if tag.type.startswith("float") else round(raw)
         return struct.pack(">" + CODES[tag.type], exact)

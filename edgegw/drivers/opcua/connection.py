@@ -9,22 +9,21 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any, NoReturn
 from urllib.parse import urlsplit, urlunsplit
 
 from asyncua import ua
 from asyncua.client.client import Client
-from asyncua.common.utils import Buffer
 from asyncua.ua.attribute_ids import AttributeIds
 from asyncua.ua.object_ids import ObjectIds
-from asyncua.ua.ua_binary import struct_from_binary
 from asyncua.ua.uaerrors import BadTimeout, UaStatusCodeError
 
 from edgegw import clock
 from edgegw.drivers import delivery
-from edgegw.drivers.opcua import failures, request, values, wire, writing
+from edgegw.drivers.opcua import failures, framing, request, subscriber, wire, writing
 from edgegw.drivers.opcua.block import Block, joined
+from edgegw.drivers.opcua.subscriber import Coverage, Subscriber, chunks
 from edgegw.errors import BadAnswer, DeviceError, NoAnswer, NotConnected, Refused
 
 PORT = 4840
@@ -33,13 +32,7 @@ SESSION_S = 60.0
 """How long a server keeps the session of a gateway that died; asyncua's hour would hold a slot for long."""
 CALL_NODES = 1000
 """Nodes a call where the server names no limit of its own."""
-ITEM_QUEUE = 10
-"""Values that the server keeps of each item until it can publish them."""
-KEEP_ALIVE_S = 5.0
-LIFETIME_S = 60.0
-
 _CONNECT_STEPS = 5
-_T = TypeVar("_T")
 
 Published = Callable[[Block], None]
 """Takes what the server published, by the places of the nodes in the list subscribed to."""
@@ -52,14 +45,13 @@ class Connection:
         logging.getLogger("asyncua").setLevel(logging.CRITICAL + 1)  # what it has to say is said here, once
         self._timeout_s = timeout_s
         self._client = Client(_with_port(url), timeout=timeout_s, watchdog_intervall=max(timeout_s, 0.5))
+        framing.bound(self._client.uaclient, timeout_s, self._violated)
         self._client.session_timeout = int(max(SESSION_S, 4 * timeout_s) * 1000)
         self._client.connection_lost_callback = self._health_lost
         self._gone = asyncio.Event()
         self._failure: DeviceError | None = None
-        self._silent_after_s = math.inf
-        self._heard_s = math.inf
-        self._sequence: int | None = None
-        self._publishing: asyncio.Task[None] | None = None
+        self._subscriber = Subscriber(self._ask, timeout_s)
+        self._tasks: list[asyncio.Task[None]] = []
         self._types: dict[ua.NodeId, ua.VariantType] = {}
         self.read_limit = CALL_NODES
         self.items_limit = CALL_NODES
@@ -84,7 +76,7 @@ class Connection:
         """Read an attribute of nodes, with the quality and time of each; raise DeviceError."""
         found: list[ua.DataValue] = []
         with self._errors("reading"):
-            for chunk in _chunks(nodes, self.read_limit):
+            for chunk in chunks(nodes, self.read_limit):
                 answer = await self._client.uaclient.session.read_attributes(list(chunk), attribute)
                 if len(answer) != len(chunk):
                     self._distrust(f"found {len(answer)} values; expected {len(chunk)}")
@@ -95,11 +87,9 @@ class Connection:
         """Read the values of nodes as `request` encodes them; raise DeviceError."""
         blocks = []
         with self._errors("reading"):
-            for chunk in _chunks(nodes, self.read_limit):
-                block = wire.read_response(await self._ask(request.read_request(chunk)))
-                if len(block.raws) != len(chunk):
-                    self._distrust(f"found {len(block.raws)} values; expected {len(chunk)}")
-                blocks.append(block)
+            for chunk in chunks(nodes, self.read_limit):
+                body = await self._ask(request.read_request(chunk))
+                blocks.append(wire.read_response(body, len(chunk)))
         return joined(blocks)
 
     async def node_type(self, node: ua.NodeId) -> ua.VariantType:
@@ -140,45 +130,18 @@ class Connection:
         if statuses[0].is_bad():
             raise writing.failure(statuses[0].value)
 
-    async def subscribe(
-        self, nodes: Sequence[bytes], every_s: float, published: Published
-    ) -> list[ua.StatusCode]:
+    async def subscribe(self, nodes: Sequence[bytes], every_s: float, published: Published) -> Coverage:
         """Have the server publish changes of nodes as `request` encodes them; raise DeviceError.
 
-        Returns the status of each node.
+        Nodes that it has no room for are polled as often.
         """
-        statuses: list[ua.StatusCode] = []
         with self._errors("subscribing"):
-            every_ms = every_s * 1000.0
-            wanted = ua.CreateSubscriptionRequest(
-                Parameters=ua.CreateSubscriptionParameters(
-                    RequestedPublishingInterval=ua.Double(every_ms),
-                    RequestedMaxKeepAliveCount=ua.UInt32(max(1, math.ceil(KEEP_ALIVE_S / every_s))),
-                    RequestedLifetimeCount=ua.UInt32(max(10, math.ceil(LIFETIME_S / every_s))),
-                )
-            )
-            answer = struct_from_binary(ua.CreateSubscriptionResponse, Buffer(await self._ask(wanted)))
-            answer.ResponseHeader.ServiceResult.check()
-            subscription = answer.Parameters
-            interval_s = subscription.RevisedPublishingInterval / 1000.0
-            self._silent_after_s = (
-                subscription.RevisedMaxKeepAliveCount + 1
-            ) * interval_s + 2 * self._timeout_s
-            self._heard_s = clock.mono_s()
-            publishing = self._publish(subscription.SubscriptionId, len(nodes), published)
-            self._publishing = asyncio.create_task(publishing, name="opcua publish")
-            self._publishing.add_done_callback(lambda _: self._gone.set())
-            items = [
-                request.encode_item(node, place, every_ms, ITEM_QUEUE) for place, node in enumerate(nodes)
-            ]
-            for chunk in _chunks(items, self.items_limit):
-                asked = request.items_request(subscription.SubscriptionId, chunk)
-                made = struct_from_binary(ua.CreateMonitoredItemsResponse, Buffer(await self._ask(asked)))
-                made.ResponseHeader.ServiceResult.check()
-                if len(made.Results) != len(chunk):
-                    self._distrust(f"found {len(made.Results)} monitored items; expected {len(chunk)}")
-                statuses += [result.StatusCode for result in made.Results]
-        return statuses
+            coverage = await self._subscriber.subscribe(nodes, every_s, self.items_limit)
+        if coverage.subscriptions:
+            self._start(self._publish(published))
+        if coverage.polled:
+            self._start(self._poll(nodes, coverage.polled, every_s, published))
+        return coverage
 
     async def browse(self, node: ua.NodeId) -> list[ua.ReferenceDescription]:
         """Return what a node refers to hierarchically: objects and variables; raise DeviceError."""
@@ -208,20 +171,18 @@ class Connection:
     async def lost(self) -> DeviceError:
         """Wait until the connection is lost; return why."""
         while self._failure is None:
-            if self._publishing is not None and self._publishing.done():
-                self._publishing.result()
-            left_s = self._heard_s + self._silent_after_s - clock.mono_s()
+            for task in self._tasks:
+                if task.done():
+                    task.result()
+            _, left_s = self._subscriber.silent_s()
             try:
                 async with asyncio.timeout(None if math.isinf(left_s) else max(0.0, left_s)):
                     await self._gone.wait()
             except TimeoutError:
-                silent_s = clock.mono_s() - self._heard_s
-                if silent_s >= self._silent_after_s:
-                    self.lose(
-                        NoAnswer(
-                            "timeout", f"subscription silent for {silent_s:.1f} s; expected a keep-alive"
-                        )
-                    )
+                silent_s, left_s = self._subscriber.silent_s()
+                if left_s <= 0.0:
+                    what = f"subscription silent for {silent_s:.1f} s; expected a keep-alive"
+                    self.lose(NoAnswer("timeout", what))
         return self._failure
 
     def lose(self, failure: DeviceError) -> None:
@@ -240,10 +201,10 @@ class Connection:
             await asyncio.sleep(0)
         # in a task of its own: asyncua swallows a cancellation that comes while it winds up its tasks
         closing = asyncio.create_task(self._client.disconnect())
-        ending = [closing] if self._publishing is None else [closing, self._publishing]
+        ending = [closing, *self._tasks]
         try:
-            if self._publishing is not None:
-                self._publishing.cancel()
+            for task in self._tasks:
+                task.cancel()
             await asyncio.wait(ending, timeout=self._timeout_s)
         finally:
             if transport is not None:
@@ -296,7 +257,13 @@ class Connection:
             raise ConnectionError("the connection is not open")
         return bytes(await protocol.send_request(asked, timeout_s))
 
-    async def _publish(self, subscription: int, count: int, published: Published) -> None:
+    def _start(self, running: Coroutine[Any, Any, None]) -> None:
+        """Run a task for as long as the connection lasts; its end is noticed in `lost`."""
+        task = asyncio.create_task(running, name="opcua subscribed")
+        task.add_done_callback(lambda _: self._gone.set())
+        self._tasks.append(task)
+
+    async def _publish(self, published: Published) -> None:
         """Take what the server publishes until the connection is lost."""
         heard: list[ua.SubscriptionAcknowledgement] = []
         while self._failure is None:
@@ -309,28 +276,39 @@ class Connection:
             except failures.FOREIGN as error:
                 self.lose(failures.ours(error, "waiting", self._timeout_s))
                 break
-            self._heard_s = clock.mono_s()
-            if found.subscription == subscription and not found.empty and self._failure is None:
-                heard = [
-                    ua.SubscriptionAcknowledgement(ua.IntegerId(subscription), ua.Counter(found.sequence))
-                ]
-                self._heard(found, count, published)
+            if self._failure is None:
+                heard = self._heard(found, published)
 
-    def _heard(self, found: wire.Publication, count: int, published: Published) -> None:
-        if self._sequence is not None and found.sequence != self._sequence % 0xFFFFFFFF + 1:
-            what = f"found notification {found.sequence} after {self._sequence}"
-            self.lose(BadAnswer("notification-lost", what))
-            return
-        self._sequence = found.sequence
-        for block in found.changes:
-            if max(block.places, default=0) >= count:
-                what = f"found item {max(block.places)}; expected one of {count}"
-                self.lose(BadAnswer("bad-answer", what))
-                return
+    def _heard(self, found: wire.Publication, published: Published) -> list[ua.SubscriptionAcknowledgement]:
+        """Pass on what was published; return what to acknowledge."""
+        try:
+            changes = self._subscriber.heard(found)
+        except DeviceError as error:
+            self.lose(error)
+            return []
+        for block in changes:
             published(block)
-        if found.ended:
-            why = values.reason(found.ended)
-            self.lose(NotConnected(why, f"the server ended the subscription: {why}"))
+        if (failure := subscriber.ended(found)) is not None:
+            self.lose(failure)
+        if found.empty:
+            return []
+        return [ua.SubscriptionAcknowledgement(ua.IntegerId(found.subscription), ua.Counter(found.sequence))]
+
+    async def _poll(
+        self, nodes: Sequence[bytes], places: Sequence[int], every_s: float, published: Published
+    ) -> None:
+        """Read nodes in each period, and pass them on as if they were published, until the connection is lost."""
+        polled = [nodes[place] for place in places]
+        due_s = clock.mono_s()
+        while self._failure is None:
+            try:
+                block = await self.poll(polled)
+            except DeviceError as error:
+                self.lose(error)
+                break
+            published(block._replace(places=places))
+            due_s = max(due_s + every_s, clock.mono_s())
+            await asyncio.sleep(due_s - clock.mono_s())
 
     @contextlib.contextmanager
     def _errors(self, doing: str) -> Iterator[None]:
@@ -341,7 +319,11 @@ class Connection:
             ours = failures.ours(error, doing, self._timeout_s)
             if isinstance(ours, NotConnected | BadAnswer):
                 self.lose(ours)
+                ours = self._failure or ours  # what ended the connection, not what followed from it
             raise ours from error
+
+    def _violated(self, error: ValueError) -> None:
+        self.lose(BadAnswer("bad-answer", str(error)))
 
     def _distrust(self, what: str) -> NoReturn:
         failure = BadAnswer("bad-answer", what)
@@ -352,8 +334,3 @@ class Connection:
 def _with_port(url: str) -> str:
     parts = urlsplit(url)
     return url if parts.port is not None else urlunsplit(parts._replace(netloc=f"{parts.netloc}:{PORT}"))
-
-
-def _chunks(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

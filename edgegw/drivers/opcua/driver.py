@@ -55,6 +55,7 @@ class OpcUaDriver:
         self._queue: deque[tuple[int, Block] | DeviceError] = deque()
         self._queued = 0
         self._overflowing: set[str] = set()
+        self._unusable: set[str] = set()
         self._connection: Connection | None = None
         self._failure: DeviceError | None = None
         self._news = asyncio.Event()
@@ -159,7 +160,25 @@ class OpcUaDriver:
         await self._news.wait()
 
     def _scans(self, now_ms: int, block: Block) -> list[Scan]:
-        return self._points.scans(block, now_ms, by_source=self._config.timestamp == "source")
+        scans = self._points.scans(block, now_ms, by_source=self._config.timestamp == "source")
+        for scan in scans:
+            if scan.quality:
+                self._log_unusable(scan.quality)
+        return scans
+
+    def _log_unusable(self, qualities: Mapping[str, str]) -> None:
+        """Say once for each connection which tags have values that they cannot take."""
+        new = {
+            tag: why for tag, why in qualities.items() if why in values.UNUSABLE and tag not in self._unusable
+        }
+        if not new:
+            return
+        self._unusable |= new.keys()
+        named = [f"{tag} ({why.removeprefix('bad:')})" for tag, why in new.items()]
+        log.warning(
+            "%s: found values that tags cannot take: %s%s; expected the configured type, and no matrix or structure",
+            self._where, ", ".join(named[:5]), f" and {len(named) - 5} more" if len(named) > 5 else "",
+        )  # fmt: skip
 
     async def _keep(self) -> None:
         """Connect, and again whenever the connection is lost, until cancelled."""
@@ -177,6 +196,7 @@ class OpcUaDriver:
         connection = Connection(self._config.url, self._config.timeout.s)
         try:
             await connection.connect()
+            self._unusable.clear()
             await self._learn(connection)
             if self.period_s is None:
                 await self._subscribe(connection)
@@ -206,10 +226,19 @@ class OpcUaDriver:
         def published(block: Block) -> None:
             self._enqueue(connection, block)
 
-        statuses = await connection.subscribe(self._nodes, self._config.every.s, published)
-        wrong = {place: ua.DataValue(StatusCode=s) for place, s in enumerate(statuses) if not s.is_good()}
+        found = await connection.subscribe(self._nodes, self._config.every.s, published)
+        wrong = {
+            place: ua.DataValue(StatusCode=s) for place, s in enumerate(found.statuses) if not s.is_good()
+        }
         if wrong:
             self._enqueue(connection, block_of(list(wrong), list(wrong.values())))
+        if found.polled:
+            log.warning(
+                "%s: %d of %d tags are polled: the server has room for no more in %d subscriptions",
+                self._where, len(found.polled), len(self._nodes), found.subscriptions,
+            )  # fmt: skip
+        elif found.subscriptions > 1:
+            log.info("%s: %d tags in %d subscriptions", self._where, len(self._nodes), found.subscriptions)
 
     def _enqueue(self, connection: Connection, block: Block) -> None:
         waiting = self._queued + len(block.raws)

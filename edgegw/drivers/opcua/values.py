@@ -16,10 +16,13 @@ from edgegw.config.schema import OpcUaTag
 from edgegw.domain.quality import BAD_TEXT, NOT_A_NUMBER, bad, is_bad, uncertain
 from edgegw.domain.tag import Scalar, Value
 from edgegw.drivers.decimals import as_decimals
+from edgegw.drivers.scaling import scaling
 
 NO_VALUE = bad("no-value")
 TYPE_MISMATCH = bad("type-mismatch")
 UNSUPPORTED_TYPE = bad("unsupported-type")
+UNUSABLE = (TYPE_MISMATCH, UNSUPPORTED_TYPE)
+"""What only another configuration can mend."""
 TYPES = {
     ua.VariantType.SByte: "int8", ua.VariantType.Byte: "uint8", ua.VariantType.Int16: "int16",
     ua.VariantType.UInt16: "uint16", ua.VariantType.Int32: "int32", ua.VariantType.UInt32: "uint32",
@@ -203,7 +206,8 @@ def _finished(tag: OpcUaTag, raw: Scalar) -> Scalar:
     if tag.scale != 1.0 or tag.offset != 0.0:
         if isinstance(raw, bool | str):
             raise WrongError(TYPE_MISMATCH)
-        raw = raw * tag.scale + tag.offset
+        applied = scaling(tag.scale, tag.offset)
+        raw = applied.whole(raw) if isinstance(raw, int) else applied.real(raw)
     if isinstance(raw, float) and not math.isfinite(raw):
         raise WrongError(NOT_A_NUMBER)
     return raw

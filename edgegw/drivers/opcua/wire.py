@@ -10,9 +10,9 @@ from itertools import product
 from typing import NamedTuple
 
 from asyncua import ua
-from asyncua.common.utils import Buffer
+from asyncua.common.utils import Buffer, NotEnoughData
 from asyncua.ua.object_ids import ObjectIds
-from asyncua.ua.ua_binary import struct_from_binary
+from asyncua.ua.ua_binary import Primitives1, struct_from_binary
 
 from edgegw.drivers.opcua.block import Block, block_of, columns
 
@@ -35,6 +35,12 @@ _NOTIFICATION = struct.Struct("<BBHBi")
 """The type; what the body is, 1 for bytes, and how many (5.2.2.15)."""
 _ARRAY, _TYPE = 0x80, 0x3F
 """Of the second byte of a value: that it is an array, and of which type (5.2.2.16)."""
+_EXTENSION = ua.VariantType.ExtensionObject.value
+"""From here on a value holds others."""
+MAX_SLOW_BYTES = 512 * 1024
+"""Of one answer, what asyncua has to decode element by element: half a second of work at worst."""
+_NESTED = 8
+"""A byte of what holds others counts for so many."""
 _COUNT = struct.Struct("<i")
 _NOTHING = (0, -1)
 """The counts of an array without elements."""
@@ -78,16 +84,35 @@ class Publication(NamedTuple):
     """The status with which the server ends the subscription, 0 if it does not."""
 
 
-def read_response(body: bytes) -> Block:
-    """Return the values of a ReadResponse, in their order; raise failures.FOREIGN for what is none."""
+def read_response(body: bytes, expected: int | None = None) -> Block:
+    """Return the values of a ReadResponse, in their order; raise failures.FOREIGN for what is none.
+
+    Another number of values than expected is found out before any is decoded.
+    """
     if _usual(body, _READ):
         (count,) = _COUNT.unpack_from(body, _RESPONSE.size)
+        _check_count(count, expected)
         block, at = _block(body, _RESPONSE.size + _COUNT.size, count, "0s")
         if _COUNT.unpack_from(body, at)[0] in _NOTHING:
             return block._replace(places=range(count))
+    _check_size(body)
     response = struct_from_binary(ua.ReadResponse, Buffer(body))
     response.ResponseHeader.ServiceResult.check()
+    _check_count(len(response.Results), expected)
     return block_of(range(len(response.Results)), response.Results)
+
+
+def _check_size(body: bytes) -> None:
+    """Check what is left to asyncua as a whole: we ask for nothing that makes an answer long in an unusual way."""
+    if len(body) > MAX_SLOW_BYTES // _NESTED:
+        raise ValueError(
+            f"found {len(body)} bytes of an unusual form; expected {MAX_SLOW_BYTES // _NESTED} at most"
+        )
+
+
+def _check_count(count: int, expected: int | None) -> None:
+    if expected is not None and count != expected:
+        raise ValueError(f"found {count} values; expected {expected}")
 
 
 def publish_response(body: bytes) -> Publication:
@@ -125,6 +150,7 @@ def _publication(body: bytes) -> Publication | None:
 
 
 def _other_publication(body: bytes) -> Publication:
+    _check_size(body)
     response = struct_from_binary(ua.PublishResponse, Buffer(body))
     response.ResponseHeader.ServiceResult.check()
     result = response.Parameters
@@ -159,6 +185,7 @@ def _block(body: bytes, begin: int, count: int, lead: str) -> tuple[Block, int]:
     kinds = bytearray()
     forms = []
     others: dict[int, str | ua.DataValue | None] = {}
+    slow_left = MAX_SLOW_BYTES
     for i in range(count):
         at += ahead
         head = body[at : at + 2]
@@ -176,11 +203,9 @@ def _block(body: bytes, begin: int, count: int, lead: str) -> tuple[Block, int]:
             shape = _VALUELESS[head[:1]]
         else:
             kinds.append(0)
-            if _endless(head):
-                raise ValueError("found an array of nulls")
-            rest = Buffer(body, at)
-            others[i] = struct_from_binary(ua.DataValue, rest)
-            shape = _Shape(f"0s0s0s{rest.cur_pos - at}x", rest.cur_pos - at)
+            others[i], taken, cost = _slowly(body, at, slow_left)
+            slow_left -= cost
+            shape = _Shape(f"0s0s0s{taken}x", taken)
         form, size = shape
         forms.append(form)
         at += size
@@ -194,9 +219,39 @@ def _block(body: bytes, begin: int, count: int, lead: str) -> tuple[Block, int]:
     return Block(fields[0::4], bytes(kinds), raws, statuses, ticks), at
 
 
-def _endless(head: bytes) -> bool:
-    """Tell whether a value is an array of what takes no bytes: of any length, which asyncua would make a list of."""
-    return len(head) > 1 and head[0] & _VALUE == _VALUE and head[1] & _ARRAY == _ARRAY and not head[1] & _TYPE
+def _slowly(body: bytes, at: int, slow_left: int) -> tuple[ua.DataValue, int, int]:
+    """Return a value that asyncua decodes, the bytes it takes, and those to count of what may be slow."""
+    left, weight = len(body) - at, _weight(body[at : at + 2])
+    rest = Buffer(body, at, min(left, slow_left // weight) if weight else left)
+    try:
+        value = struct_from_binary(ua.DataValue, rest)
+    except NotEnoughData as error:
+        if len(rest) < left - (rest.cur_pos - at):
+            what = "found longer lists of texts, times or structures than are decoded in one answer"
+            raise ValueError(f"{what}; expected {MAX_SLOW_BYTES} bytes at most") from error
+        raise
+    return value, rest.cur_pos - at, weight * (rest.cur_pos - at)
+
+
+def _weight(head: bytes) -> int:
+    """Return how slowly asyncua decodes a value: 0 for what is single and a list of numbers, however long."""
+    kind = head[1] & _TYPE if len(head) > 1 else 0
+    if kind >= _EXTENSION:
+        return _NESTED
+    return 0 if kind in _FORMS or not head[1:] or not head[1] & _ARRAY else 1
+
+
+class _NoNulls:
+    """Stands for a list of nulls, which asyncua makes however long it is announced to be: none takes a byte."""
+
+    @staticmethod
+    def unpack_array(data: Buffer, length: int) -> list[None]:
+        if length:
+            raise ValueError(f"found a list of {length} nulls; expected none")
+        return []
+
+
+Primitives1.Null = _NoNulls  # type: ignore[attr-defined]  # wherever it stands; asyncua 2.1 has no bound of its own
 
 
 def _text(body: bytes, at: int) -> tuple[str | None, int]:

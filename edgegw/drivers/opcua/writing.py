@@ -11,6 +11,7 @@ from edgegw.config.schema import OpcUaTag
 from edgegw.domain.tag import Scalar
 from edgegw.drivers.opcua import values
 from edgegw.drivers.opcua.failures import FINAL
+from edgegw.drivers.scaling import unscaled
 from edgegw.errors import DeviceError, Refused, Unconfirmed
 
 _NO_NODE = frozenset({
@@ -70,7 +71,7 @@ def _raw(tag: OpcUaTag, value: Scalar) -> Scalar | Fraction:
         return value
     if isinstance(value, bool | str) or tag.scale == 0.0:
         raise Refused("type-mismatch", f"found {value!r}; expected a number, since the tag has a scale")
-    return (Fraction(value) - Fraction(tag.offset)) / Fraction(tag.scale)
+    return unscaled(value, tag.scale, tag.offset)
 
 
 def _as(kind: str, raw: Scalar | Fraction, value: Scalar) -> Scalar:
