@@ -23,6 +23,7 @@ from edgegw.domain.batch import digest
 
 pytestmark = pytest.mark.skipif(MOSQUITTO is None, reason="no mosquitto is installed here")
 DATA, EVENT, BACKFILL = (f"edgegw/site-7/{level}" for level in ("data", "event", "backfill"))
+ANOTHER = STREAM.replace("0b0e", "0b0f")
 ONCE = ("--once", "--idle", "700ms", "--json")
 
 
@@ -166,11 +167,12 @@ def test_what_is_no_batch_stops_nothing(port: int, kept: Path) -> None:
 
 
 def test_streams_and_gateways_are_apart(port: int, kept: Path) -> None:
-    chains = [Chain(), Chain(stream="another"), Chain(gateway="site-8")]
-    code, report = verdict(port, kept, *((DATA, chain.data(2)) for chain in chains))
+    chains = [Chain(), Chain(stream=ANOTHER), Chain(gateway="site-8")]
+    messages = [(f"edgegw/{chain.gateway}/data", chain.data(2)) for chain in chains]
+    code, report = verdict(port, kept, *messages)
     assert code == 0
     assert [(stream["gateway"], stream["stream"]) for stream in report["streams"]] == [
-        ("site-7", STREAM), ("site-7", "another"), ("site-8", STREAM),
+        ("site-7", STREAM), ("site-7", ANOTHER), ("site-8", STREAM),
     ]  # fmt: skip
 
 
@@ -186,12 +188,12 @@ def test_a_broker_keeps_for_a_receiver_that_is_away(port: int, kept: Path) -> No
 def test_a_lost_broker_is_said_once_and_when_it_is_back(tmp_path: Path, kept: Path) -> None:
     port, chain = free_port(), Chain()
     with receive(port, f"sqlite:///{kept}", "--json") as process:
-        process.wait_said("no connection yet")
+        process.wait_said("no broker yet")
         with mosquitto(tmp_path, port):
             process.wait_said("ready")
             publish(port, [(DATA, chain.data(2))])
             until(lambda: kept_batches(kept) == 1, "the first batch")
-        process.wait_said("lost")
+        process.wait_said("broker lost")
         with mosquitto(tmp_path, port):
             until(lambda: sum("back after" in line for line in process.lines) == 2, "the broker is back")
             publish(port, [(DATA, chain.data(2))])
@@ -205,7 +207,7 @@ def test_a_lost_broker_is_said_once_and_when_it_is_back(tmp_path: Path, kept: Pa
 
 def test_it_stops_at_once_while_there_is_no_broker(kept: Path) -> None:
     with receive(free_port(), f"sqlite:///{kept}") as process:
-        process.wait_said("no connection yet")
+        process.wait_said("no broker yet")
         process.send(signal.SIGINT)
         assert process.end() == (0, "")
 
@@ -294,7 +296,12 @@ USAGE: dict[str, tuple[str, ...]] = {
     "a number and a unit": ("--to", "-", "--url", "mqtt://x", "--idle", "5"),
     "needs --username": ("--to", "-", "--url", "mqtt://x", "--password-file", "x"),
     "No such file": ("--to", "-", "--url", "mqtt://x", "--username", "x", "--password-file", "/nowhere"),
-    "is for mqtts://": ("--to", "-", "--url", "mqtt://x", "--ca-file", "x"),
+    "are for mqtts://": ("--to", "-", "--url", "mqtt://x", "--ca-file", __file__),
+    "come together": ("--to", "-", "--url", "mqtts://x", "--cert-file", __file__),
+    "does not exist": ("--to", "-", "--url", "mqtts://x", "--ca-file", "/nowhere"),
+    "with {gateway} once": ("--to", "-", "--url", "mqtt://x", "--topic-template", "edgegw/x"),
+    "expected GATEWAY=TOPIC": ("--to", "-", "--url", "mqtt://x", "--rebind", "site-7"),
+    "expected 1KiB to 16MiB": ("--to", "-", "--url", "mqtt://x", "--max-message", "17MiB"),
     "holds nothing": ("--to", "sqlite:////nowhere/x.db", "--report"),
 }
 

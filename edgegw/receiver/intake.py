@@ -1,23 +1,34 @@
 """Takes messages in, one after the other, and keeps each batch once."""
 
+import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 from edgegw.clock import mono_s, wall_ms
 from edgegw.domain.batch import ChainReport, Gap, Kind
 from edgegw.domain.ranges import Ranges
-from edgegw.receiver.announce import HoleWatch, Throttle
+from edgegw.receiver.announce import HoleWatch, Throttle, printable
+from edgegw.receiver.apart import Rejected
 from edgegw.receiver.corrector import Corrector
 from edgegw.receiver.dedupe import Key, Stream, Verdict
 from edgegw.receiver.receipts import Receipts
 from edgegw.receiver.report import Report, StreamReport, chain_of
 from edgegw.receiver.requests import Requests
+from edgegw.receiver.senders import DEFAULT_TEMPLATE, Admission, Senders
 from edgegw.receiver.sink import Figures, Sink
-from edgegw.receiver.wire import Batch, MalformedError, read, read_gap
+from edgegw.receiver.wire import MAX_MESSAGE, Batch, MalformedError, read, read_gap
 
 BATCH_TOPICS = frozenset({"data", "event", "backfill", "summary"})
 """The last level of the topics that carry batches; all others are passed over."""
+
+MAX_REJECTED = 10_000
+MAX_REJECTED_BYTES = 64 * 1024**2
+"""How much is kept of the rejected messages; what comes after that is counted in the log alone."""
+MAX_TOPIC = 512
+"""The longest topic, in characters, of a rejected message that is kept."""
+MAX_REFUSALS_LOGGED = 1000
+"""For how many pairs of topic and gateway a refusal is logged."""
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +39,8 @@ class Intake:
     A message may be confirmed to its sender once `commit` has returned after `take`. With `receipts` it
     collects what to confirm to the gateways, with `requests` it asks them for what is missing, with a `corrector` it
     has the times corrected. With `from_here` a stream that is new counts from the first batch that comes.
+    `template` and `rebind` say on which topics gateways are believed (see `senders`); batches are `max_message` bytes
+    of JSON at most. After an error of the sink it is of no more use.
     """
 
     def __init__(
@@ -39,6 +52,9 @@ class Intake:
         requests: Requests | None = None,
         corrector: Corrector | None = None,
         from_here: bool = False,
+        template: str = DEFAULT_TEMPLATE,
+        rebind: Mapping[str, str] | None = None,
+        max_message: int = MAX_MESSAGE,
     ) -> None:
         self._sink = sink
         self._now_s = now_s
@@ -48,14 +64,26 @@ class Intake:
         self._corrector = corrector
         self._streams: dict[Key, Stream] = {}
         self._names: dict[str, list[Key]] = {}  # of each stream, all that its gateway was called
+        self._first: dict[Key, tuple[int, int]] = {}  # when each came first; of one run also in which order
         self._holes: dict[Key, HoleWatch] = {}
         self._duplicates: Counter[Key] = Counter()
         self._touched: set[Key] = set()
         self._watch_s = 0.0
         self._malformed = 0
         self._throttles: dict[str, Throttle] = {}
+        self._max_message = max_message
+        self._confirmable: dict[Key, Ranges] = {}
+        self._refusals_logged: set[tuple[str, str]] = set()
+        self._rejected = {(one.topic, one.digest): one for one in sink.apart.rejected()}
+        self._rejected_bytes = sum(one.size for one in self._rejected.values())
+        self._senders = Senders(template, rebind, sink.apart.senders(), wall_ms())
+        for gateway, sender in self._senders.changed.items():
+            sink.apart.bind(gateway, sender)
+            _log.info("gateway %s: believed on %s from now on", gateway, sender.topic)
         for span in sink.spans():
-            self._stream(span.key).keep(span.seq, span.count)
+            self._stream(span.key, span.received_ms).keep(span.seq, span.count)
+            if span.received_ms >= self._senders.since_ms(span.key.gateway):
+                self._confirm(span.key, span.seq, span.count)
         for key, gap in sink.gaps():
             self._stream(key).name(gap)
         for key, seq in sink.beginnings():
@@ -64,12 +92,19 @@ class Intake:
             for key, stream in self._streams.items():
                 if stream.received and stream.begins == 1:
                     self._begin(key, next(iter(stream.received))[0])
-            sink.commit()
+        sink.commit()
 
-    def _stream(self, key: Key) -> Stream:
+    def _confirm(self, key: Key, seq: int, count: int) -> None:
+        """Note seqs as kept and as come from where their gateway is believed: a receipt may confirm them."""
+        self._confirmable.setdefault(key, Ranges()).add(seq, seq + count - 1)
+
+    def _stream(self, key: Key, received_ms: int | None = None) -> Stream:
         if key not in self._streams:
             self._streams[key] = Stream()
             self._names.setdefault(key.stream, []).append(key)
+            self._first[key] = (wall_ms(), len(self._first)) if received_ms is None else (received_ms, 0)
+        elif received_ms is not None:
+            self._first[key] = min(self._first[key], (received_ms, 0))
         return self._streams[key]
 
     def _begin(self, key: Key, seq: int) -> None:
@@ -79,8 +114,18 @@ class Intake:
             _log.info("%s: begins with %d; nothing before is expected", key, seq)
 
     def _elsewhere(self, key: Key) -> dict[str, Ranges]:
-        """Return what came of a stream under other names of its gateway."""
-        return {name.gateway: self._streams[name].received for name in self._names[key.stream] if name != key}
+        """Return what came of a stream under other names of its gateway: earlier ones, or ones of the same topic.
+
+        A later one on another topic may be anybody's who has heard of the stream.
+        """
+        return {
+            name.gateway: self._streams[name].received
+            for name in self._names[key.stream]
+            if name != key and (self._first[name] <= self._first[key] or self._together(name, key))
+        }
+
+    def _together(self, one: Key, other: Key) -> bool:
+        return self._senders.topic(one.gateway) == self._senders.topic(other.gateway)
 
     def _missing(self, key: Key) -> list[tuple[int, int]]:
         """Return what is missing of a stream, under whatever name of its gateway."""
@@ -91,37 +136,94 @@ class Intake:
         return list(missing)
 
     def take(self, topic: str, payload: bytes) -> bool:
-        """Take one message in; tell whether it brought anything new."""
+        """Process one message; return whether it brought anything new."""
         level = topic.rpartition("/")[2]
         if level == "reply" and self._requests is not None:
-            self._requests.reply(payload, self._now_s())
+            self._requests.reply(topic, payload, self._now_s())
         if level not in BATCH_TOPICS:
             return False
         try:
-            batch = read(payload)
+            batch = read(payload, self._max_message)
         except MalformedError as error:
-            self._malformed += 1
-            self._complain("malformed", f"malformed message on {topic}: {error}")
+            self.reject(topic, payload, f"malformed: {error}")
             return False
-        return self._judge(topic, batch)
-
-    def _judge(self, topic: str, batch: Batch) -> bool:
-        key, stream = batch.key, self._stream(batch.key)
+        if not self._admitted(batch.key.gateway, topic.rpartition("/")[0]):
+            self._refuse(topic, payload, batch.key.gateway)
+            return False
         if self._receipts is not None:
-            self._receipts.came(key, topic, batch.seq, batch.last)
+            self._receipts.came(batch.key, topic, batch.seq, batch.last)
         if self._requests is not None:
-            self._requests.came(key, topic, self._now_s())
+            self._requests.came(batch.key, topic, self._now_s())
+        if self._rejected:
+            self._accepted_after_all(topic, payload)
+        return self.add(batch, topic)
+
+    def _admitted(self, gateway: str, topic: str) -> bool:
+        admission = self._senders.admit(gateway, topic)
+        if admission is Admission.FIRST:
+            sender = self._senders.bind(gateway, topic, wall_ms())
+            self._sink.apart.bind(gateway, sender)
+            if sender.since_ms:
+                _log.warning(
+                    "gateway %s: came on its own topic %s; no other is believed any more", gateway, topic
+                )
+                for key in [key for key in self._confirmable if key.gateway == gateway]:
+                    del self._confirmable[key]
+        return admission is not Admission.REFUSED
+
+    def _refuse(self, topic: str, payload: bytes, gateway: str) -> None:
+        """Reject a batch of a gateway that is not believed on its topic; log it once for each of both."""
+        prefix = topic.rpartition("/")[0]
+        refusal = self._senders.refusal(gateway, prefix)
+        known = (prefix, gateway) in self._refusals_logged
+        if not known and len(self._refusals_logged) < MAX_REFUSALS_LOGGED:
+            self._refusals_logged.add((prefix, gateway))
+            _log.warning("%s; nothing of them is confirmed, they are set apart", refusal)
+        self.reject(topic, payload, f"not believed: {refusal}", log=False)
+
+    def reject(self, topic: str, payload: bytes, reason: str, *, log: bool = True) -> None:
+        """Set a message apart that cannot be accepted, as far as there is room."""
+        one = Rejected(topic, _digest(payload), len(payload), printable(reason))
+        if (topic, one.digest) in self._rejected:
+            return
+        if log:
+            self._malformed += 1
+            self._complain("malformed", f"rejected a message on {topic}: {one.reason}")
+        full = len(self._rejected) >= MAX_REJECTED or self._rejected_bytes + one.size > MAX_REJECTED_BYTES
+        if full or len(topic) > MAX_TOPIC:
+            why = "the table rejected is full" if full else "its topic is too long"
+            self._complain("full", f"a rejected message on {topic} is not kept: {why}")
+            return
+        self._sink.apart.reject(one, payload, wall_ms())
+        self._rejected[topic, one.digest] = one
+        self._rejected_bytes += one.size
+
+    def rejected(self) -> Iterator[tuple[str, bytes]]:
+        """Yield the messages that were rejected, for another try: options or the version may have changed since."""
+        for one in list(self._rejected.values()):
+            yield one.topic, self._sink.apart.payload(one)
+
+    def _accepted_after_all(self, topic: str, payload: bytes) -> None:
+        one = self._rejected.pop((topic, _digest(payload)), None)
+        if one is not None:
+            self._rejected_bytes -= one.size
+            self._sink.apart.remove(one.topic, one.digest)
+
+    def add(self, batch: Batch, origin: str) -> bool:
+        """Keep a batch whose sender is believed; return whether it is new. `origin` names where it came from."""
+        key, stream = batch.key, self._stream(batch.key)
         if self._from_here and not stream.received:
             self._begin(key, batch.seq)
         verdict = stream.judge(batch.outline, lambda: self._sink.kept(key, batch.seq, batch.last))
         if verdict is Verdict.DUPLICATE:
             self._duplicates[key] += 1
+            self._confirm(key, batch.seq, batch.count)
             return False
         if verdict is Verdict.CONFLICT:
             self._sink.add_conflict(batch, wall_ms())
             self._complain(
                 "conflict",
-                f"CONFLICT {key}: {batch.seq}-{batch.last} came on {topic} with other bytes or bounds than "
+                f"CONFLICT {key}: {batch.seq}-{batch.last} came on {origin} with other bytes or bounds than "
                 "those kept; the first stay, these are set apart",
             )
             return False
@@ -129,6 +231,7 @@ class Intake:
         if self._corrector is not None:
             self._corrector.take(batch)
         stream.keep(batch.seq, batch.count, recorded=not batch.period_s)
+        self._confirm(key, batch.seq, batch.count)
         self._touched.add(key)
         if batch.kind is Kind.EVENT:
             self._name_gaps(batch)
@@ -168,7 +271,10 @@ class Intake:
         """Return the receipts that are due, each with its topic; call it when all that was taken is committed."""
         if self._receipts is None:
             return []
-        return self._receipts.due(lambda key: self._streams[key].received, self._now_s(), at_once=at_once)
+        nothing = Ranges()
+        return self._receipts.due(
+            lambda key: self._confirmable.get(key, nothing), self._now_s(), at_once=at_once
+        )
 
     def requests(self, *, at_once: bool = False) -> list[tuple[str, bytes]]:
         """Return the commands that ask for what is missing, each with its topic; `at_once`: nothing more comes."""
@@ -212,7 +318,7 @@ class Intake:
                     elsewhere=self._filled_elsewhere(key, stream),
                 )
             )
-        return Report(streams, self._malformed)
+        return Report(streams, self._malformed, list(self._rejected.values()))
 
     def _filled_elsewhere(self, key: Key, stream: Stream) -> dict[str, list[tuple[int, int]]]:
         """Return what is missing under this name and came under another one."""
@@ -226,3 +332,11 @@ class Intake:
         for ranges in self._filled_elsewhere(key, stream).values():
             unverified += [Gap(first, last, None) for first, last in ranges]
         return chain_of(self._sink.links(key), stream.gaps, unverified)
+
+    def close(self) -> None:
+        """Close the sink; what was not committed is gone."""
+        self._sink.close()
+
+
+def _digest(payload: bytes) -> str:
+    return hashlib.sha256(payload).hexdigest()

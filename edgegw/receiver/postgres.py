@@ -9,19 +9,29 @@ import msgspec
 from edgegw.domain.batch import Kind, Link, decode, digest
 from edgegw.domain.tag import Value
 from edgegw.errors import ConfigError
+from edgegw.receiver.apart import Apart, TablesApart
 from edgegw.receiver.corrector import Correction, Place
 from edgegw.receiver.dedupe import Key, NamedGap, Outline
-from edgegw.receiver.sink import Figures, SinkError, Span
+from edgegw.receiver.sink import BatchError, Figures, SinkError, SinkUnusable, Span
 from edgegw.receiver.timing import HEAD_BYTES, UNSYNCED
 from edgegw.receiver.wire import Batch, MalformedError, link, outline, read_gap
 
 try:
     import psycopg
+    from psycopg.conninfo import conninfo_to_dict, make_conninfo
 except ImportError as error:
     raise ConfigError(
         ["--to: postgresql:// needs psycopg, which is not installed; pip install 'edgegw[postgres]'"]
     ) from error
 
+_LINK = {
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
+"""What the URL may say otherwise: within how many seconds (the last: ms) a server that is gone is noticed."""
 _SCHEMA: tuple[LiteralString, ...] = (
     "CREATE TABLE IF NOT EXISTS batches (gateway text, stream text, seq bigint, count bigint NOT NULL,"
     " kind text NOT NULL, received_ts bigint NOT NULL, body text NOT NULL,"
@@ -50,8 +60,8 @@ _SCHEMA: tuple[LiteralString, ...] = (
 """A number stands in `value`; text, or an array as JSON, in `value_text`. What `beside` is for: see `sqlite.py`."""
 
 _ALL: LiteralString = (
-    "(SELECT gateway, stream, seq, 0::bigint AS layer, count, body FROM batches"
-    " UNION ALL SELECT gateway, stream, seq, 1 + period, count, body FROM beside) AS every_batch"
+    "(SELECT gateway, stream, seq, 0::bigint AS layer, count, received_ts, body FROM batches"
+    " UNION ALL SELECT gateway, stream, seq, 1 + period, count, received_ts, body FROM beside) AS every_batch"
 )
 _OF_RECORDS: tuple[LiteralString, ...] = ("readings", "events", "device_status")
 """The tables whose rows bear the seqs of records; those of `summaries` bear their batch's first."""
@@ -76,17 +86,31 @@ class PostgresSink:
     """The port's implementation over one connection."""
 
     def __init__(self, url: str) -> None:
-        with _naming_the_database():
-            self._conn = psycopg.connect(url)
+        self._conn = _connect(url)
+        try:
             for statement in _SCHEMA:
                 self._conn.execute(statement)
+            self.apart: Apart = TablesApart(self._execute, "%s", "bytea")
             self._conn.commit()
+        except (
+            psycopg.OperationalError,
+            psycopg.IntegrityError,
+        ) as error:  # the latter: another one makes them
+            self._conn.close()
+            raise SinkError(_line(error)) from error
+        except psycopg.Error as error:
+            self._conn.close()
+            raise SinkUnusable(_line(error)) from error
+
+    def _execute(self, statement: str, parameters: Sequence[Any]) -> "psycopg.Cursor[Any]":
+        with _naming_the_database():
+            return self._conn.execute(statement.encode(), parameters)
 
     def spans(self) -> Iterable[Span]:
         rows = self._rows(
-            f"SELECT gateway, stream, seq, count FROM {_ALL} ORDER BY gateway, stream, seq, layer"
+            f"SELECT gateway, stream, seq, count, received_ts FROM {_ALL} ORDER BY gateway, stream, seq, layer"
         )
-        return (Span(Key(gateway, stream), seq, count) for gateway, stream, seq, count in rows)
+        return (Span(Key(gateway, stream), *figures) for gateway, stream, *figures in rows)
 
     def gaps(self) -> Iterable[tuple[Key, NamedGap]]:
         for gateway, stream, body in self._rows(
@@ -225,14 +249,33 @@ class PostgresSink:
         self._conn.close()
 
 
+def _connect(url: str) -> "psycopg.Connection[Any]":
+    """Connect; raise SinkError if no server is there, SinkUnusable if one is and does not let us in."""
+    try:
+        given = conninfo_to_dict(url)
+        known = make_conninfo(url, **{key: value for key, value in _LINK.items() if key not in given})
+        return psycopg.connect(known)
+    except psycopg.OperationalError as error:
+        refused = psycopg.pq.PGconn.ping(known.encode()) == psycopg.pq.Ping.OK
+        raise (SinkUnusable if refused else SinkError)(_line(error)) from error
+    except psycopg.Error as error:
+        raise SinkUnusable(_line(error)) from error
+
+
 @contextmanager
 def _naming_the_database() -> Iterator[None]:
     try:
         yield
+    except (psycopg.DataError, psycopg.errors.ProgramLimitExceeded) as error:
+        raise BatchError(_line(error)) from error
+    except psycopg.IntegrityError as error:
+        raise SinkError(f"{_line(error)}; another receiver is writing to this database") from error
     except psycopg.Error as error:
-        raise SinkError(
-            f"postgresql: {str(error).strip()}; nothing unkept was confirmed, start again"
-        ) from error
+        raise SinkError(f"{_line(error)}; nothing unkept was confirmed") from error
+
+
+def _line(error: Exception) -> str:
+    return f"postgresql: {' '.join(str(error).split())}"
 
 
 def _add_records(cursor: "psycopg.Cursor[Any]", batch: Batch) -> None:
