@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import signal
 import socket
 import sys
@@ -48,7 +49,15 @@ def _max_message(text: str) -> Size:
     return size
 
 
-_EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
+class _File(click.Path):
+    """A file that is there; `%d/` stands for systemd's credentials, as in the configuration."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, exists=True, dir_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        folder = os.environ.get("CREDENTIALS_DIRECTORY", "%d")
+        return super().convert(str(value).replace("%d", folder, 1), param, ctx)
 
 
 @click.command()
@@ -92,11 +101,13 @@ _EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
 )
 @click.option("--username", help="The user at the broker.")
 @click.option(
-    "--password-file", type=click.Path(path_type=Path), help="A file whose first line is the password."
+    "--password-file",
+    type=_File(),
+    help="A file whose first line is the password; %d/NAME: a systemd credential.",
 )
-@click.option("--ca-file", type=_EXISTING, help="The authority that signed the broker's certificate (PEM).")
-@click.option("--cert-file", type=_EXISTING, help="Our certificate, for a broker that asks for one (PEM).")
-@click.option("--key-file", type=_EXISTING, help="The private key of --cert-file (PEM).")
+@click.option("--ca-file", type=_File(), help="The authority that signed the broker's certificate (PEM).")
+@click.option("--cert-file", type=_File(), help="Our certificate, for a broker that asks for one (PEM).")
+@click.option("--key-file", type=_File(), help="The private key of --cert-file (PEM).")
 @click.option(
     "--topic-template", default=DEFAULT_TEMPLATE, show_default=True, callback=_read_by(check_template),
     help="The gateways' uplink.topic: a gateway is believed on its own topic alone.",
