@@ -13,9 +13,10 @@ import pytest
 import zstandard
 from chains import Chain
 from rig import Process, free_port, mosquitto, needs_mosquitto, publish, receive, run
+from test_bundle import packed
 from test_receiver_sinks import Open, open_sink, postgres  # noqa: F401  the fixtures
 
-from edgegw.receiver import intake as intakes
+from edgegw.receiver import admission
 from edgegw.receiver.announce import MAX_LINE, printable
 from edgegw.receiver.intake import Intake
 from edgegw.receiver.ndjson import NdjsonSink
@@ -137,8 +138,8 @@ def test_what_is_set_apart_is_bounded(open_sink: Open, monkeypatch: pytest.Monke
     sink = open_sink()
     if isinstance(sink, NdjsonSink):
         return  # it keeps none
-    monkeypatch.setattr(intakes, "MAX_REJECTED", 10)
-    monkeypatch.setattr(intakes, "MAX_REJECTED_BYTES", 1000)
+    monkeypatch.setattr(admission, "MAX_REJECTED", 10)
+    monkeypatch.setattr(admission, "MAX_REJECTED_BYTES", 1000)
     intake = Intake(sink)
     for n in range(50):
         intake.take(DATA, b"x%d" % n)
@@ -275,3 +276,32 @@ def test_p10_what_nobody_expected_costs_one_batch_and_neither_the_run_nor_the_ne
     with receive(port, f"sqlite:///{kept}", *ONCE) as process:  # the fault is mended
         code, out = process.end()
     assert (code, json.loads(out)["ok"], rows(kept, "SELECT count(*) FROM rejected")) == (0, True, [(0,)])
+
+
+IMPORT = """
+import resource, sys
+from edgegw.cli import cli
+try:
+    cli.main(standalone_mode=False)
+except BaseException as error:
+    print(type(error).__name__, str(error)[:200], file=sys.stderr)
+print("KiB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+"""
+"""The command line, saying at its end how much memory it needed."""
+
+
+@pytest.mark.parametrize("mib", [15, 64])
+def test_p10_a_bundle_with_a_batch_of_millions_of_numbers_is_refused_and_needs_no_memory(
+    mib: int, tmp_path: Path
+) -> None:
+    head = Chain().data(1).split(b'"records":[')[0]
+    body = head + b'"records":[' + b"1," * (mib * 512 * 1024) + b"1]}"
+    file = tmp_path / "bomb.edgegw"
+    file.write_bytes(packed([body]))
+    command = ("receive", "--import", str(file), "--to", f"sqlite:///{tmp_path}/kept.db")
+    with Process(sys.executable, "-c", IMPORT, *command) as process:
+        process.end()
+    (needed,) = (int(line.split()[1]) for line in process.lines if line.startswith("KiB"))
+    assert "Error" in process.lines[0], process.lines
+    assert needed < HIGH_KIB
+    assert not (tmp_path / "kept.db").exists()

@@ -21,7 +21,9 @@ from edgegw.receiver.ndjson import NdjsonSink
 from edgegw.receiver.receipts import Receipts
 from edgegw.receiver.senders import Admission, Sender, Senders, check_rebind, check_template
 
-ADMITTED, FIRST, REFUSED = Admission.ADMITTED, Admission.FIRST, Admission.REFUSED
+ADMITTED, FIRST, MOVED, REFUSED = (
+    Admission.ADMITTED, Admission.FIRST, Admission.MOVED, Admission.REFUSED,
+)  # fmt: skip
 DEFAULT, PLANT = "edgegw/{gateway}", "plant/{gateway}/x"
 
 # -- the decision alone ------------------------------------------------------------------------------------
@@ -34,7 +36,7 @@ CASES: list[tuple[str, dict[str, Sender], str, str, Admission]] = [
     (DEFAULT, {}, "site-7", "plant/north", FIRST),
     (DEFAULT, {"site-7": Sender("plant/north", False, 0)}, "site-7", "plant/north", ADMITTED),
     (DEFAULT, {"site-7": Sender("plant/north", False, 0)}, "site-7", "plant/south", REFUSED),
-    (DEFAULT, {"site-7": Sender("plant/north", False, 0)}, "site-7", "edgegw/site-7", FIRST),
+    (DEFAULT, {"site-7": Sender("plant/north", False, 0)}, "site-7", "edgegw/site-7", MOVED),
     (DEFAULT, {"site-7": Sender("edgegw/site-7", False, 0)}, "site-7", "plant/north", REFUSED),
     (DEFAULT, {"home": Sender("edgegw/site-7", True, 0)}, "home", "edgegw/site-7", ADMITTED),
     (DEFAULT, {"home": Sender("edgegw/site-7", True, 0)}, "home", "edgegw/home", ADMITTED),
@@ -42,7 +44,7 @@ CASES: list[tuple[str, dict[str, Sender], str, str, Admission]] = [
     (DEFAULT, {}, "site.7", "edgegw/site.7", FIRST),
     (DEFAULT, {}, "site.7", "edgegw/site/7", FIRST),
     (DEFAULT, {"site.7": Sender("edgegw/site/7", False, 0)}, "site.7", "edgegw/site/7", ADMITTED),
-    (DEFAULT, {"site.7": Sender("edgegw/site/7", False, 0)}, "site.7", "edgegw/site.7", FIRST),
+    (DEFAULT, {"site.7": Sender("edgegw/site/7", False, 0)}, "site.7", "edgegw/site.7", MOVED),
     (DEFAULT, {"site.7": Sender("edgegw/site.7", False, 0)}, "site.7", "edgegw/site/7", REFUSED),
     (PLANT, {}, "site-7", "plant/site-7/x", FIRST),
     (PLANT, {}, "site-7", "plant/site-7", REFUSED),

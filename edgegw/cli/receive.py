@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import click
@@ -19,6 +19,7 @@ from edgegw.cli.options import json_option, print_json
 from edgegw.config.units import Duration, Size
 from edgegw.errors import ConfigError
 from edgegw.receiver import target
+from edgegw.receiver.announce import printable
 from edgegw.receiver.corrector import Correctable, Corrector
 from edgegw.receiver.intake import Intake
 from edgegw.receiver.receipts import Receipts
@@ -28,6 +29,9 @@ from edgegw.receiver.senders import DEFAULT_TEMPLATE, check_rebind, check_templa
 from edgegw.receiver.sink import Sink, SinkError
 from edgegw.receiver.wire import MAX_MESSAGE
 from edgegw.runtime.stop import Stop
+
+if TYPE_CHECKING:
+    from edgegw.receiver.subscriber import Broker, Protocol
 
 
 def _read_by(read: Callable[[str], Any]) -> Callable[..., Any]:
@@ -204,21 +208,15 @@ def command(
         return
     if not url:
         raise click.UsageError("--url is needed: the broker, mqtt://HOST:PORT")
-    from edgegw.receiver.loop import Receiver
     from edgegw.receiver.subscriber import Broker, Protocol, parse_url
 
     host, port, tls = parse_url(url)
-    if (ca_file or cert_file or key_file) and not tls:
-        raise click.UsageError(
-            "--ca-file, --cert-file and --key-file are for mqtts://; this URL would not use them"
-        )
-    if bool(cert_file) != bool(key_file):
-        raise click.UsageError("--cert-file and --key-file come together; found only one of them")
+    files = ca_file, cert_file, key_file
+    _check_files(*files, tls=tls)
     broker = Broker(
         host, port, tls, topic, client_id or _stable_id(url, topic, to),
-        username, _password(username, password_file), ca_file, cert_file, key_file,
+        username, _password(username, password_file), *files,
     )  # fmt: skip
-    log_to_stderr()
     lasts = to != target.STDOUT
     opened = _opener(
         to,
@@ -230,15 +228,42 @@ def command(
         rebind=dict(rebind),
         max_message=max_message,
     )
-    stop = Stop(signal.SIGINT, signal.SIGTERM)
     protocols = list(Protocol) if protocol == "auto" else [Protocol(protocol)]
-    receiver = Receiver(broker, opened, stop, idle.s if once else None, protocols)
+    report_made = _receive(broker, opened, idle.s if once else None, protocols, report=once or as_json)
+    if report_made is not None:
+        _print(report_made, as_json, to)
+
+
+def _check_files(ca_file: Path | None, cert_file: Path | None, key_file: Path | None, *, tls: bool) -> None:
+    """Raise UsageError where files of TLS would not be used."""
+    if (ca_file or cert_file or key_file) and not tls:
+        raise click.UsageError(
+            "--ca-file, --cert-file and --key-file are for mqtts://; this URL would not use them"
+        )
+    if bool(cert_file) != bool(key_file):
+        raise click.UsageError("--cert-file and --key-file come together; found only one of them")
+
+
+def _receive(
+    broker: "Broker",
+    opened: Callable[[], Intake],
+    idle_s: float | None,
+    protocols: "list[Protocol]",
+    *,
+    report: bool,
+) -> Report | None:
+    """Receive until that is over; return the report if one is wanted."""
+    from edgegw.receiver.loop import Receiver
+
+    log_to_stderr()
+    receiver = Receiver(broker, opened, Stop(signal.SIGINT, signal.SIGTERM), idle_s, protocols)
     try:
         receiver.run()
-        if once or as_json:
-            if receiver.intake is None:
-                raise SinkError(f"{to.partition(':')[0]}: it is away; there is nothing to make the report of")
-            _print(receiver.intake.report(), as_json, to)
+        if not report:
+            return None
+        if receiver.intake is None:
+            raise SinkError("--to: the database is away; there is nothing to make a report of")
+        return receiver.intake.report()
     finally:
         receiver.close()
 
@@ -289,7 +314,9 @@ def _only_correct(to: str, as_json: bool) -> None:
         )  # fmt: skip
         return
     for of in applied:
-        click.echo(f"{of.key}: {of.records:,} records of {of.batches:,} batches moved by {of.delta_ms:+,} ms")
+        click.echo(
+            f"{printable(str(of.key))}: {of.records:,} records of {of.batches:,} batches moved by {of.delta_ms:+,} ms"
+        )
     if not applied:
         click.echo("nothing to correct")
 

@@ -1,6 +1,5 @@
 """Takes messages in, one after the other, and keeps each batch once."""
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -8,27 +7,19 @@ from collections.abc import Callable, Iterator, Mapping
 from edgegw.clock import mono_s, wall_ms
 from edgegw.domain.batch import ChainReport, Gap, Kind
 from edgegw.domain.ranges import Ranges
-from edgegw.receiver.announce import HoleWatch, Throttle, printable
-from edgegw.receiver.apart import Rejected
+from edgegw.receiver.admission import Admissions
+from edgegw.receiver.announce import HoleWatch, Throttle
 from edgegw.receiver.corrector import Corrector
 from edgegw.receiver.dedupe import Key, Stream, Verdict
 from edgegw.receiver.receipts import Receipts
 from edgegw.receiver.report import Report, StreamReport, chain_of
 from edgegw.receiver.requests import Requests
-from edgegw.receiver.senders import DEFAULT_TEMPLATE, Admission, Senders
+from edgegw.receiver.senders import DEFAULT_TEMPLATE, Admission
 from edgegw.receiver.sink import Figures, Sink
 from edgegw.receiver.wire import MAX_MESSAGE, Batch, MalformedError, read, read_gap
 
 BATCH_TOPICS = frozenset({"data", "event", "backfill", "summary"})
 """The last level of the topics that carry batches; all others are passed over."""
-
-MAX_REJECTED = 10_000
-MAX_REJECTED_BYTES = 64 * 1024**2
-"""How much is kept of the rejected messages; what comes after that is counted in the log alone."""
-MAX_TOPIC = 512
-"""The longest topic, in characters, of a rejected message that is kept."""
-MAX_REFUSALS_LOGGED = 1000
-"""For how many pairs of topic and gateway a refusal is logged."""
 
 _log = logging.getLogger(__name__)
 
@@ -69,30 +60,27 @@ class Intake:
         self._duplicates: Counter[Key] = Counter()
         self._touched: set[Key] = set()
         self._watch_s = 0.0
-        self._malformed = 0
         self._throttles: dict[str, Throttle] = {}
         self._max_message = max_message
         self._confirmable: dict[Key, Ranges] = {}
-        self._refusals_logged: set[tuple[str, str]] = set()
-        self._rejected = {(one.topic, one.digest): one for one in sink.apart.rejected()}
-        self._rejected_bytes = sum(one.size for one in self._rejected.values())
-        self._senders = Senders(template, rebind, sink.apart.senders(), wall_ms())
-        for gateway, sender in self._senders.changed.items():
-            sink.apart.bind(gateway, sender)
-            _log.info("gateway %s: believed on %s from now on", gateway, sender.topic)
-        for span in sink.spans():
+        self._admissions = Admissions(sink.apart, now_s, template, rebind)
+        self._load()
+        sink.commit()
+
+    def _load(self) -> None:
+        """Read from the sink what is kept."""
+        for span in self._sink.spans():
             self._stream(span.key, span.received_ms).keep(span.seq, span.count)
-            if span.received_ms >= self._senders.since_ms(span.key.gateway):
+            if span.received_ms >= self._admissions.senders.since_ms(span.key.gateway):
                 self._confirm(span.key, span.seq, span.count)
-        for key, gap in sink.gaps():
+        for key, gap in self._sink.gaps():
             self._stream(key).name(gap)
-        for key, seq in sink.beginnings():
+        for key, seq in self._sink.beginnings():
             self._stream(key).begin(seq)
-        if from_here:
+        if self._from_here:
             for key, stream in self._streams.items():
                 if stream.received and stream.begins == 1:
                     self._begin(key, next(iter(stream.received))[0])
-        sink.commit()
 
     def _confirm(self, key: Key, seq: int, count: int) -> None:
         """Note seqs as kept and as come from where their gateway is believed: a receipt may confirm them."""
@@ -125,7 +113,8 @@ class Intake:
         }
 
     def _together(self, one: Key, other: Key) -> bool:
-        return self._senders.topic(one.gateway) == self._senders.topic(other.gateway)
+        senders = self._admissions.senders
+        return senders.topic(one.gateway) == senders.topic(other.gateway)
 
     def _missing(self, key: Key) -> list[tuple[int, int]]:
         """Return what is missing of a stream, under whatever name of its gateway."""
@@ -147,67 +136,26 @@ class Intake:
         except MalformedError as error:
             self.reject(topic, payload, f"malformed: {error}")
             return False
-        if not self._admitted(batch.key.gateway, topic.rpartition("/")[0]):
-            self._refuse(topic, payload, batch.key.gateway)
+        gateway = batch.key.gateway
+        admission = self._admissions.admit(topic, payload, gateway)
+        if admission is Admission.REFUSED:
             return False
+        if admission is Admission.MOVED:
+            for key in [key for key in self._confirmable if key.gateway == gateway]:
+                del self._confirmable[key]
         if self._receipts is not None:
             self._receipts.came(batch.key, topic, batch.seq, batch.last)
         if self._requests is not None:
             self._requests.came(batch.key, topic, self._now_s())
-        if self._rejected:
-            self._accepted_after_all(topic, payload)
         return self.add(batch, topic)
 
-    def _admitted(self, gateway: str, topic: str) -> bool:
-        admission = self._senders.admit(gateway, topic)
-        if admission is Admission.FIRST:
-            sender = self._senders.bind(gateway, topic, wall_ms())
-            self._sink.apart.bind(gateway, sender)
-            if sender.since_ms:
-                _log.warning(
-                    "gateway %s: came on its own topic %s; no other is believed any more", gateway, topic
-                )
-                for key in [key for key in self._confirmable if key.gateway == gateway]:
-                    del self._confirmable[key]
-        return admission is not Admission.REFUSED
-
-    def _refuse(self, topic: str, payload: bytes, gateway: str) -> None:
-        """Reject a batch of a gateway that is not believed on its topic; log it once for each of both."""
-        prefix = topic.rpartition("/")[0]
-        refusal = self._senders.refusal(gateway, prefix)
-        known = (prefix, gateway) in self._refusals_logged
-        if not known and len(self._refusals_logged) < MAX_REFUSALS_LOGGED:
-            self._refusals_logged.add((prefix, gateway))
-            _log.warning("%s; nothing of them is confirmed, they are set apart", refusal)
-        self.reject(topic, payload, f"not believed: {refusal}", log=False)
-
-    def reject(self, topic: str, payload: bytes, reason: str, *, log: bool = True) -> None:
-        """Set a message apart that cannot be accepted, as far as there is room."""
-        one = Rejected(topic, _digest(payload), len(payload), printable(reason))
-        if (topic, one.digest) in self._rejected:
-            return
-        if log:
-            self._malformed += 1
-            self._complain("malformed", f"rejected a message on {topic}: {one.reason}")
-        full = len(self._rejected) >= MAX_REJECTED or self._rejected_bytes + one.size > MAX_REJECTED_BYTES
-        if full or len(topic) > MAX_TOPIC:
-            why = "the table rejected is full" if full else "its topic is too long"
-            self._complain("full", f"a rejected message on {topic} is not kept: {why}")
-            return
-        self._sink.apart.reject(one, payload, wall_ms())
-        self._rejected[topic, one.digest] = one
-        self._rejected_bytes += one.size
+    def reject(self, topic: str, payload: bytes, reason: str) -> None:
+        """Set a message apart that cannot be processed."""
+        self._admissions.reject(topic, payload, reason)
 
     def rejected(self) -> Iterator[tuple[str, bytes]]:
         """Yield the messages that were rejected, for another try: options or the version may have changed since."""
-        for one in list(self._rejected.values()):
-            yield one.topic, self._sink.apart.payload(one)
-
-    def _accepted_after_all(self, topic: str, payload: bytes) -> None:
-        one = self._rejected.pop((topic, _digest(payload)), None)
-        if one is not None:
-            self._rejected_bytes -= one.size
-            self._sink.apart.remove(one.topic, one.digest)
+        return self._admissions.payloads()
 
     def add(self, batch: Batch, origin: str) -> bool:
         """Keep a batch whose sender is believed; return whether it is new. `origin` names where it came from."""
@@ -312,13 +260,13 @@ class Intake:
                     head=stream.head,
                     duplicates=self._duplicates[key],
                     missing=self._missing(key),
-                    gaps=stream.gaps,
+                    gaps=list(stream.gaps),
                     chain=self._chain(key, stream),
                     begins=stream.begins,
                     elsewhere=self._filled_elsewhere(key, stream),
                 )
             )
-        return Report(streams, self._malformed, list(self._rejected.values()))
+        return Report(streams, self._admissions.malformed, self._admissions.rejected())
 
     def _filled_elsewhere(self, key: Key, stream: Stream) -> dict[str, list[tuple[int, int]]]:
         """Return what is missing under this name and came under another one."""
@@ -336,7 +284,3 @@ class Intake:
     def close(self) -> None:
         """Close the sink; what was not committed is gone."""
         self._sink.close()
-
-
-def _digest(payload: bytes) -> str:
-    return hashlib.sha256(payload).hexdigest()

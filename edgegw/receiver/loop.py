@@ -8,7 +8,6 @@ When the sink fails, the connection is closed with it: the broker keeps what was
 when the sink has been opened anew and the intake knows from it what is kept.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 
@@ -17,6 +16,7 @@ from tenacity.wait import wait_random_exponential
 
 from edgegw.clock import mono_s
 from edgegw.errors import EdgegwError, UplinkError
+from edgegw.receiver.admission import digest
 from edgegw.receiver.announce import Outage, printable
 from edgegw.receiver.intake import Intake
 from edgegw.receiver.sink import SinkError, SinkUnusable
@@ -158,7 +158,7 @@ class Receiver:
 
     def _process(self, intake: Intake, topic: str, payload: bytes) -> bool:
         """Have a message processed; return whether it brought anything new. No payload ends the receiver."""
-        reason = self._failed.get(_digest(payload)) if self._failed else None
+        reason = self._failed.get(digest(payload)) if self._failed else None
         if reason is not None:
             intake.reject(topic, payload, reason)
             return False
@@ -168,7 +168,7 @@ class Receiver:
             raise
         except Exception as error:
             reason = printable(f"{type(error).__name__}: {error}")
-            self._failed[_digest(payload)] = reason
+            self._failed[digest(payload)] = reason
             raise _PayloadError(f"{topic}: {len(payload)} bytes cannot be processed: {reason}") from error
 
     def _receive(self, intake: Intake, protocol: Protocol) -> None:
@@ -279,7 +279,3 @@ class Receiver:
 def _warn(line: str | None) -> None:
     if line:
         _log.warning("%s", line)
-
-
-def _digest(payload: bytes) -> str:
-    return hashlib.sha256(payload).hexdigest()

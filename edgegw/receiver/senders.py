@@ -31,6 +31,8 @@ class Admission(Enum):
     ADMITTED = "admitted"
     FIRST = "first"
     """Admitted, and from now on this topic is the gateway's."""
+    MOVED = "moved"
+    """The same, in the place of another topic; what came there is no longer believed to be the gateway's."""
     REFUSED = "refused"
 
 
@@ -82,7 +84,9 @@ class Senders:
             return Admission.ADMITTED
         own = self.own(gateway)
         if topic == own:
-            return Admission.ADMITTED if known is not None and known.configured else Admission.FIRST
+            if known is None:
+                return Admission.FIRST
+            return Admission.ADMITTED if known.configured else Admission.MOVED
         if known is not None:
             return Admission.REFUSED
         if topic.startswith(self._tree) and _mapped(topic) != _mapped(own):
@@ -90,7 +94,7 @@ class Senders:
         return Admission.FIRST
 
     def bind(self, gateway: str, topic: str, now_ms: int) -> Sender:
-        """Note the topic of a gateway that was admitted as the first; what another one brought is no longer its."""
+        """Note the topic of a gateway that was admitted as the first, or moved."""
         sender = Sender(topic, False, now_ms if gateway in self._of else 0)
         self._of[gateway] = sender
         return sender

@@ -131,7 +131,8 @@ def _say(done: dict[str, Any], as_json: bool, to: str) -> None:
         return
     there = done["batches"] - done["new_batches"]
     click.echo(
-        f"{done['gateway']} {done['stream']}: {done['new_batches']:,} of {done['batches']:,} batches taken in, "
+        f"{printable(done['gateway'])} {printable(done['stream'])}: "
+        f"{done['new_batches']:,} of {done['batches']:,} batches taken in, "
         f"{there:,} not new; {done['held_records']:,} of {done['records']:,} records are kept",
         err=on_stdout,
     )
