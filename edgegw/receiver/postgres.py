@@ -8,30 +8,14 @@ import msgspec
 
 from edgegw.domain.batch import Kind, Link, decode, digest
 from edgegw.domain.tag import Value
-from edgegw.errors import ConfigError
 from edgegw.receiver.apart import Apart, TablesApart
 from edgegw.receiver.corrector import Correction, Place
 from edgegw.receiver.dedupe import Key, NamedGap, Outline
+from edgegw.receiver.postgres_link import as_line, connect, psycopg
 from edgegw.receiver.sink import BatchError, Figures, SinkError, SinkUnusable, Span
 from edgegw.receiver.timing import HEAD_BYTES, UNSYNCED
 from edgegw.receiver.wire import Batch, MalformedError, link, outline, read_gap
 
-try:
-    import psycopg
-    from psycopg.conninfo import conninfo_to_dict, make_conninfo
-except ImportError as error:
-    raise ConfigError(
-        ["--to: postgresql:// needs psycopg, which is not installed; pip install 'edgegw[postgres]'"]
-    ) from error
-
-_LINK = {
-    "connect_timeout": 10,
-    "keepalives_idle": 30,
-    "keepalives_interval": 10,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 30_000,
-}
-"""What the URL may say otherwise: within how many seconds (the last: ms) a server that is gone is noticed."""
 _SCHEMA: tuple[LiteralString, ...] = (
     "CREATE TABLE IF NOT EXISTS batches (gateway text, stream text, seq bigint, count bigint NOT NULL,"
     " kind text NOT NULL, received_ts bigint NOT NULL, body text NOT NULL,"
@@ -86,7 +70,7 @@ class PostgresSink:
     """The port's implementation over one connection."""
 
     def __init__(self, url: str) -> None:
-        self._conn = _connect(url)
+        self._conn = connect(url)
         try:
             for statement in _SCHEMA:
                 self._conn.execute(statement)
@@ -97,10 +81,10 @@ class PostgresSink:
             psycopg.IntegrityError,
         ) as error:  # the latter: another one makes them
             self._conn.close()
-            raise SinkError(_line(error)) from error
+            raise SinkError(as_line(error)) from error
         except psycopg.Error as error:
             self._conn.close()
-            raise SinkUnusable(_line(error)) from error
+            raise SinkUnusable(as_line(error)) from error
 
     def _execute(self, statement: str, parameters: Sequence[Any]) -> "psycopg.Cursor[Any]":
         with _naming_the_database():
@@ -249,33 +233,16 @@ class PostgresSink:
         self._conn.close()
 
 
-def _connect(url: str) -> "psycopg.Connection[Any]":
-    """Connect; raise SinkError if no server is there, SinkUnusable if one is and does not let us in."""
-    try:
-        given = conninfo_to_dict(url)
-        known = make_conninfo(url, **{key: value for key, value in _LINK.items() if key not in given})
-        return psycopg.connect(known)
-    except psycopg.OperationalError as error:
-        refused = psycopg.pq.PGconn.ping(known.encode()) == psycopg.pq.Ping.OK
-        raise (SinkUnusable if refused else SinkError)(_line(error)) from error
-    except psycopg.Error as error:
-        raise SinkUnusable(_line(error)) from error
-
-
 @contextmanager
 def _naming_the_database() -> Iterator[None]:
     try:
         yield
     except (psycopg.DataError, psycopg.errors.ProgramLimitExceeded) as error:
-        raise BatchError(_line(error)) from error
+        raise BatchError(as_line(error)) from error
     except psycopg.IntegrityError as error:
-        raise SinkError(f"{_line(error)}; another receiver is writing to this database") from error
+        raise SinkError(f"{as_line(error)}; another receiver is writing to this database") from error
     except psycopg.Error as error:
-        raise SinkError(f"{_line(error)}; nothing unkept was confirmed") from error
-
-
-def _line(error: Exception) -> str:
-    return f"postgresql: {' '.join(str(error).split())}"
+        raise SinkError(f"{as_line(error)}; nothing unkept was confirmed") from error
 
 
 def _add_records(cursor: "psycopg.Cursor[Any]", batch: Batch) -> None:
