@@ -107,10 +107,17 @@ class Message(NamedTuple):
 class Subscriber:
     """Subscribes to everything of the gateway and keeps it."""
 
-    def __init__(self, port: int, topic: str = "edgegw/site-7/#", protocol: int = PROTOCOL) -> None:
+    def __init__(
+        self,
+        port: int,
+        topic: str = "edgegw/site-7/#",
+        protocol: int = PROTOCOL,
+        username: str | None = None,
+    ) -> None:
         self.messages: list[Message] = []
         self.subscribed = threading.Event()
         client = self._client = mqtt.Client(CallbackAPIVersion.VERSION2, protocol=protocol)
+        client.username_pw_set(username)
         client.on_connect = lambda *_: client.subscribe(topic, qos=1)
         client.on_subscribe = lambda *_: self.subscribed.set()
         client.on_message = self._on_message

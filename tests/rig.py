@@ -173,10 +173,13 @@ def run(*arguments: str) -> tuple[int, str, str]:
         return code, out, "\n".join(process.lines)
 
 
-def publish(port: int, messages: Iterable[tuple[str, bytes]], protocol: int = PROTOCOL) -> None:
+def publish(
+    port: int, messages: Iterable[tuple[str, bytes]], protocol: int = PROTOCOL, username: str | None = None
+) -> None:
     """Publish at QoS 1 and wait until the broker has confirmed each."""
     messages = list(messages)
     client = mqtt.Client(CallbackAPIVersion.VERSION2, protocol=protocol)
+    client.username_pw_set(username)
     connected = threading.Event()
     client.on_connect = lambda *_: connected.set()
     client.connect("127.0.0.1", port)

@@ -144,7 +144,7 @@ def test_only_the_key_that_is_demanded_will_do() -> None:
     made, mine = bodies(), public_key(PUBLIC)
     other = Signer(Ed25519PrivateKey.generate())
     assert unpacked(packed(made, signer(PRIVATE)), mine) == made
-    with pytest.raises(BundleError, match=f"signed with {other.public_key.hex()}; expected .* {mine.hex()}"):
+    with pytest.raises(BundleError, match=f"another key signed.*; expected .* {mine.hex()}"):
         unpacked(packed(made, other), mine)
     with pytest.raises(BundleError, match="not signed; expected one signed with"):
         unpacked(packed(made), mine)
@@ -167,6 +167,47 @@ def forged(manifest: dict[str, object], made: list[Body]) -> bytes:
     return parts + bytes(1024)
 
 
+def with_manifest(text: bytes, signature: bytes | None = None) -> bytes:
+    """Return a file with these bytes as its manifest, whatever they are."""
+    file = b""
+    for name, content in (
+        (bundle.PAYLOAD, zstandard.compress(b"")),
+        (bundle.MANIFEST, text),
+        (bundle.CHECKSUM, f"{hashlib.sha256(text).hexdigest()}  {bundle.MANIFEST}\n".encode()),
+        *([(bundle.SIGNATURE, signature)] if signature is not None else []),
+    ):
+        header = tarfile.TarInfo(name)
+        header.size = len(content)
+        file += header.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
+    return file + bytes(1024)
+
+
+def test_p10_nothing_is_decoded_before_the_signature_is_found_to_be_that_of_the_key_asked_for() -> None:
+    other = Signer(Ed25519PrivateKey.generate())
+    for text in (b"no JSON at all", b"[" * 100_000, b'{"ranges":[' + b"[1,1]," * 600_000):
+        with pytest.raises(BundleError, match="not signed"):
+            unpacked(with_manifest(text), public_key(PUBLIC))
+        with pytest.raises(BundleError, match="another key signed"):
+            unpacked(with_manifest(text, other.sign(text)), public_key(PUBLIC))
+
+
+@pytest.mark.parametrize("key", [None, public_key(PUBLIC)], ids=["any key", "a key"])
+def test_p10_members_are_bounded_before_they_are_read(key: bytes | None) -> None:
+    with pytest.raises(BundleError, match=r"manifest\.json: found 4194305 bytes; expected 4194304 at most"):
+        unpacked(with_manifest(bytes(4 * 1024**2 + 1)), key)
+    with pytest.raises(BundleError, match=r"manifest\.json\.sig: found 257 bytes; expected 256 at most"):
+        unpacked(with_manifest(b"{}", bytes(257)), key)
+
+
+def test_a_signature_whose_key_the_manifest_does_not_name_is_refused() -> None:
+    for content in (
+        with_manifest(msgspec.json.encode(Bundle(io.BytesIO(packed(bodies()))).manifest), bytes(64)),
+        packed(bodies(), signer(PRIVATE)).replace(bundle.SIGNATURE.encode(), b"x" * len(bundle.SIGNATURE)),
+    ):
+        with pytest.raises(BundleError):
+            unpacked(content)
+
+
 def test_a_file_of_another_writer_that_keeps_to_the_layout_is_taken() -> None:
     assert unpacked(forged({}, bodies())) == bodies()
 
@@ -174,10 +215,10 @@ def test_a_file_of_another_writer_that_keeps_to_the_layout_is_taken() -> None:
 @pytest.mark.parametrize(
     ("manifest", "said"),
     [
-        ({"version": 2}, "found edgegw-bundle 2; this version reads edgegw-bundle 1"),
-        ({"format": "other"}, "found other 1"),
-        ({"gateway": "site-8"}, "found a batch of site-7"),
-        ({"stream": "0b0e6e5e-0000-4000-8000-000000000002"}, "expected one of site-7 0b0e6e5e"),
+        ({"version": 2}, "found 'edgegw-bundle' 2; this version reads edgegw-bundle 1"),
+        ({"format": "other"}, "found 'other' 1"),
+        ({"gateway": "site-8"}, "found a batch of 'site-7'"),
+        ({"stream": "0b0e6e5e-0000-4000-8000-000000000002"}, "expected one of 'site-7' '0b0e6e5e"),
         ({"batches": 4}, "found 5 batches of 13 records; the manifest differs"),
         ({"records": 12}, "the manifest differs"),
         ({"ranges": [[1, 12]]}, "the manifest differs"),

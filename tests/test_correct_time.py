@@ -38,8 +38,9 @@ from edgegw.receiver.dedupe import Key
 from edgegw.receiver.intake import Intake
 from edgegw.receiver.sqlite import SqliteSink
 from edgegw.receiver.timing import Eras, Move, read_era, unsynced_era
+from edgegw.receiver.wire import read
 
-BOOT, STREAM = "boot-1", "stream-1"
+BOOT, STREAM = "boot-1", "0b0e6e5e-0000-4000-8000-000000000001"
 TRUE_MS = 1_732_256_000_000
 """What a right clock says when the boot's monotonic clock stands at nothing."""
 WRONG_MS = 1_000_000_000
@@ -112,7 +113,7 @@ def taken(sink: Any, bodies: Sequence[bytes], *, correct: bool = True, commits: 
         corrector.settle()
     intake = Intake(sink, corrector=corrector)
     for at, body in enumerate(bodies):
-        intake.take("edgegw/site-7/data", body)
+        intake.add(read(body), "a test")
         if at % commits == 0:
             intake.commit()
     intake.commit()
@@ -177,7 +178,7 @@ def test_nothing_is_moved_without_a_reference_of_the_same_gateway_and_boot(tmp_p
     before = [*story()[:3], *others]
     assert taken(sink, before) == []
     assert not rows(sink, "corrections")
-    assert taken(sink, [begins(1, synced(9_000), stream="stream-2")]), (
+    assert taken(sink, [begins(1, synced(9_000), stream="0b0e6e5e-0000-4000-8000-000000000002")]), (
         "another stream of the same boot will do"
     )
     sink.close()

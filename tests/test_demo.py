@@ -217,7 +217,7 @@ def test_an_altered_batch_fails_the_verdict() -> None:
 
 def test_a_second_stream_fails_the_verdict() -> None:
     found = evidence(list(told_story()))
-    other = Received(wire.read(Chain(stream="another").data()), BACK)
+    other = Received(wire.read(Chain(stream="0b0e6e5e-0000-4000-8000-000000000002").data()), BACK)
     verdict = judge(found._replace(received=[*found.received, other]), COURSE)
     assert verdict.as_json()["failed"] == ["streams begun"]
 

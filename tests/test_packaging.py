@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 UNIT = (ROOT / "systemd" / "edgegw.service").read_text()
+RECEIVE_UNIT = (ROOT / "systemd" / "edgegw-receive@.service").read_text()
 SCRIPTS = [
     path
     for path in sorted((ROOT / "packaging").rglob("*"))
@@ -24,11 +25,12 @@ def run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str
     return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60)
 
 
-@pytest.fixture
-def unit(tmp_path: Path) -> Path:
-    """The unit with a program that is there: verify wants to see it."""
-    path = tmp_path / "edgegw.service"
-    path.write_text(UNIT.replace("/opt/venvs/edgegw/bin/edgegw", "/bin/sh"))
+@pytest.fixture(params=["edgegw.service", "edgegw-receive@.service"])
+def unit(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A unit with a program that is there: verify wants to see it."""
+    path = tmp_path / request.param
+    text = {"edgegw.service": UNIT, "edgegw-receive@.service": RECEIVE_UNIT}[request.param]
+    path.write_text(text.replace("/opt/venvs/edgegw/bin/edgegw", "/bin/sh"))
     return path
 
 
@@ -75,6 +77,15 @@ def test_the_user_and_the_folders_are_made(tmp_path: Path) -> None:
     assert modes == {"etc/edgegw": 0o755, "etc/edgegw/credentials": 0o700, "var/lib/edgegw": 0o750}
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["Restart=always", "RestartPreventExitStatus=2", "User=edgegw", "StateDirectory=edgegw-receive/%i",
+     "EnvironmentFile=/etc/edgegw/receive-%i.env", "PrivateDevices=yes"],
+)  # fmt: skip
+def test_the_receivers_unit_gives_it_what_it_needs(line: str) -> None:
+    assert line in RECEIVE_UNIT.splitlines()
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_the_scripts_are_sound_shell(script: Path) -> None:
     assert os.access(script, os.X_OK)
@@ -87,5 +98,8 @@ def test_unit_package_and_purge_agree_on_the_places() -> None:
     purge = (ROOT / "packaging" / "debian" / "postrm").read_text()
     (program,) = re.findall("^ExecStart=(.*) run$", UNIT, re.MULTILINE)
     assert f"home={program.removesuffix('/bin/edgegw')}\n" in build
-    assert "rm -rf /etc/edgegw /var/lib/edgegw" in purge
+    (receiver,) = re.findall(r"^ExecStart=(.*) receive \$OPTIONS$", RECEIVE_UNIT, re.MULTILINE)
+    assert receiver == program
+    assert "rm -rf /etc/edgegw /var/lib/edgegw /var/lib/edgegw-receive" in purge
+    assert all(f"{name}" in build for name in ("edgegw.service", "edgegw-receive@.service"))
     assert len(SCRIPTS) >= 6

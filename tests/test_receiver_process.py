@@ -23,6 +23,7 @@ from edgegw.domain.batch import digest
 
 pytestmark = pytest.mark.skipif(MOSQUITTO is None, reason="no mosquitto is installed here")
 DATA, EVENT, BACKFILL = (f"edgegw/site-7/{level}" for level in ("data", "event", "backfill"))
+ANOTHER = STREAM.replace("0b0e", "0b0f")
 ONCE = ("--once", "--idle", "700ms", "--json")
 
 
@@ -166,11 +167,12 @@ def test_what_is_no_batch_stops_nothing(port: int, kept: Path) -> None:
 
 
 def test_streams_and_gateways_are_apart(port: int, kept: Path) -> None:
-    chains = [Chain(), Chain(stream="another"), Chain(gateway="site-8")]
-    code, report = verdict(port, kept, *((DATA, chain.data(2)) for chain in chains))
+    chains = [Chain(), Chain(stream=ANOTHER), Chain(gateway="site-8")]
+    messages = [(f"edgegw/{chain.gateway}/data", chain.data(2)) for chain in chains]
+    code, report = verdict(port, kept, *messages)
     assert code == 0
     assert [(stream["gateway"], stream["stream"]) for stream in report["streams"]] == [
-        ("site-7", STREAM), ("site-7", "another"), ("site-8", STREAM),
+        ("site-7", STREAM), ("site-7", ANOTHER), ("site-8", STREAM),
     ]  # fmt: skip
 
 
@@ -183,29 +185,38 @@ def test_a_broker_keeps_for_a_receiver_that_is_away(port: int, kept: Path) -> No
     assert (code, report["streams"][0]["head"]) == (0, 102)
 
 
+def transitions(process: Process) -> list[str]:
+    """Return what was logged about the broker, in order: `no` (not yet), `lost`, `back`."""
+    kinds = {"no broker yet": "no", "broker lost": "lost", "broker back": "back"}
+    return [kind for line in process.lines for text, kind in kinds.items() if line.startswith(text)]
+
+
 def test_a_lost_broker_is_said_once_and_when_it_is_back(tmp_path: Path, kept: Path) -> None:
+    """On a busy machine a handshake may take too long, and be one more loss: only the order is promised."""
     port, chain = free_port(), Chain()
     with receive(port, f"sqlite:///{kept}", "--json") as process:
-        process.wait_said("no connection yet")
+        until(lambda: transitions(process) == ["no"], "no broker")
         with mosquitto(tmp_path, port):
             process.wait_said("ready")
             publish(port, [(DATA, chain.data(2))])
             until(lambda: kept_batches(kept) == 1, "the first batch")
-        process.wait_said("lost")
+            before = len(transitions(process))
+        until(lambda: transitions(process)[before:] == ["lost"], "the loss")
         with mosquitto(tmp_path, port):
-            until(lambda: sum("back after" in line for line in process.lines) == 2, "the broker is back")
+            until(lambda: transitions(process)[-1] == "back", "the broker is back")
             publish(port, [(DATA, chain.data(2))])
             until(lambda: kept_batches(kept) == 2, "the second batch")
             process.send(signal.SIGTERM)
             code, out = process.end()
     assert (code, json.loads(out)["ok"]) == (0, True)
-    assert sum("lost" in line for line in process.lines) == 1
+    said = transitions(process)
+    assert said == ["no", "back", *["lost", "back"] * (len(said) // 2 - 1)]
     assert sum(line == "ready" for line in process.lines) == 1
 
 
 def test_it_stops_at_once_while_there_is_no_broker(kept: Path) -> None:
     with receive(free_port(), f"sqlite:///{kept}") as process:
-        process.wait_said("no connection yet")
+        process.wait_said("no broker yet")
         process.send(signal.SIGINT)
         assert process.end() == (0, "")
 
@@ -262,19 +273,58 @@ def test_a_password_is_read_from_its_file_and_never_shown(tmp_path: Path, kept: 
         assert process.said("ready")
 
 
-def test_tls_trusts_the_given_authority_and_no_other(tmp_path: Path, kept: Path) -> None:
-    port = free_port()
+def test_a_password_may_be_a_credential_of_systemd(
+    tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, users = free_port(), tmp_path / "users"
+    subprocess.run(["mosquitto_passwd", "-c", "-b", users, "scada", "correct horse"], check=True)
+    (tmp_path / "edgegw_mqtt").write_text("correct horse\n")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    options = ("--username", "scada", "--password-file", "%d/edgegw_mqtt", *ONCE)
+    with (
+        mosquitto(tmp_path, port, f"allow_anonymous false\npassword_file {users}"),
+        receive(port, f"sqlite:///{kept}", *options) as process,
+    ):
+        assert process.end()[0] == 0
+    assert process.said("ready")
+
+
+def certificate(folder: Path, name: str) -> tuple[Path, Path]:
+    """Make a certificate that signs itself, for localhost; return it and its key."""
+    cert, key = folder / f"{name}.pem", folder / f"{name}-key.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
          "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost",
-         "-keyout", tmp_path / "key.pem", "-out", tmp_path / "cert.pem"],
+         "-keyout", key, "-out", cert],
         check=True, capture_output=True,
     )  # fmt: skip
-    extra = f"allow_anonymous true\ncertfile {tmp_path}/cert.pem\nkeyfile {tmp_path}/key.pem"
+    return cert, key
+
+
+def test_a_broker_that_asks_for_a_certificate_gets_ours(tmp_path: Path, kept: Path) -> None:
+    port = free_port()
+    (cert, key), (mine, my_key), (foreign, foreign_key) = (
+        certificate(tmp_path, name) for name in ("broker", "mine", "foreign")
+    )
+    extra = f"allow_anonymous true\ncertfile {cert}\nkeyfile {key}\ncafile {mine}\nrequire_certificate true"
+    command = ("--url", f"mqtts://localhost:{port}", "--to", f"sqlite:///{kept}", "--ca-file", str(cert))
+    with mosquitto(tmp_path, port, extra):
+        code, _, said = run(*command, *ONCE, "--cert-file", str(mine), "--key-file", str(my_key))
+        assert (code, "ready" in said.splitlines()) == (0, True)
+        for wrong in ((), ("--cert-file", str(foreign), "--key-file", str(foreign_key))):
+            with Process(sys.executable, "-m", "edgegw", "receive", *command, *wrong) as process:
+                process.wait_said("no broker yet")
+                assert not process.said("ready")
+
+
+def test_tls_trusts_the_given_authority_and_no_other(tmp_path: Path, kept: Path) -> None:
+    port = free_port()
+    cert, key = certificate(tmp_path, "broker")
+    extra = f"allow_anonymous true\ncertfile {cert}\nkeyfile {key}"
     to = f"sqlite:///{kept}"
     with mosquitto(tmp_path, port, extra):
         code, _, said = run(
-            "--url", f"mqtts://localhost:{port}", "--to", to, *ONCE, "--ca-file", f"{tmp_path}/cert.pem"
+            "--url", f"mqtts://localhost:{port}", "--to", to, *ONCE, "--ca-file", str(cert)
         )  # fmt: skip
         assert code == 0
         assert "ready" in said.splitlines()
@@ -292,9 +342,14 @@ USAGE: dict[str, tuple[str, ...]] = {
     "expected sqlite:///FILE": ("--to", "file.db", "--url", "mqtt://x"),
     "~/.pgpass": ("--to", "postgresql://u:secret@x/y", "--url", "mqtt://x"),
     "a number and a unit": ("--to", "-", "--url", "mqtt://x", "--idle", "5"),
-    "needs --username": ("--to", "-", "--url", "mqtt://x", "--password-file", "x"),
-    "No such file": ("--to", "-", "--url", "mqtt://x", "--username", "x", "--password-file", "/nowhere"),
-    "is for mqtts://": ("--to", "-", "--url", "mqtt://x", "--ca-file", "x"),
+    "needs --username": ("--to", "-", "--url", "mqtt://x", "--password-file", __file__),
+    "/nowhere": ("--to", "-", "--url", "mqtt://x", "--username", "x", "--password-file", "/nowhere"),
+    "are for mqtts://": ("--to", "-", "--url", "mqtt://x", "--ca-file", __file__),
+    "come together": ("--to", "-", "--url", "mqtts://x", "--cert-file", __file__),
+    "does not exist": ("--to", "-", "--url", "mqtts://x", "--ca-file", "/nowhere"),
+    "with {gateway} once": ("--to", "-", "--url", "mqtt://x", "--topic-template", "edgegw/x"),
+    "expected GATEWAY=TOPIC": ("--to", "-", "--url", "mqtt://x", "--rebind", "site-7"),
+    "expected 1KiB to 16MiB": ("--to", "-", "--url", "mqtt://x", "--max-message", "17MiB"),
     "holds nothing": ("--to", "sqlite:////nowhere/x.db", "--report"),
 }
 

@@ -47,7 +47,7 @@ class Asking:
         self.missing.remove(first, last)
 
     def reply(self, **fields: Any) -> None:
-        self.of.reply(json.dumps(fields).encode(), self.now_s)
+        self.of.reply("edgegw/site-7/reply", json.dumps(fields).encode(), self.now_s)
 
     def until(self, now_s: float, *, live: bool = True) -> list[tuple[float, int, int]]:
         """Poll each second until then; return what was requested, and after how long."""
@@ -127,7 +127,7 @@ ODD = [b"", b"xx", b"[1]", b"[" * 60_000, b'{"id":null,"ok":false}', b'{"id":"ot
 def test_answers_to_others_and_odd_ones_change_nothing(payload: bytes) -> None:
     asking = Asking((1, 5))
     asking.until(1021)
-    asking.of.reply(payload, asking.now_s)
+    asking.of.reply("edgegw/site-7/reply", payload, asking.now_s)
     assert len(asking.of.lines) == 1
     assert asking.until(1000 + PATIENCE_S + ANSWER_S)[0][1:] == (1, 5)
 

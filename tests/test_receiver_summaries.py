@@ -180,7 +180,7 @@ def test_the_tables_of_a_summary_that_begins_where_a_batch_does(tmp_path: Path) 
     kept = SqliteSink(tmp_path / "kept.db")
     intake = Intake(kept)
     news = [
-        intake.take("edgegw/site-7/x/data", p.body) for p in (pieces[0], quarter, minute, quarter, pieces[2])
+        intake.take("edgegw/site-7/data", p.body) for p in (pieces[0], quarter, minute, quarter, pieces[2])
     ]
     intake.commit()
     assert news == [True, True, True, False, True]

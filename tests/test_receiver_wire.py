@@ -15,6 +15,7 @@ from edgegw.receiver.dedupe import Key, NamedGap
 from edgegw.receiver.wire import MalformedError, read, read_gap
 
 KEY = Key("site-7", STREAM)
+OTHER = STREAM.replace("0b0e", "0b0f")
 GOOD = Chain().data(2)
 
 
@@ -79,12 +80,12 @@ def test_no_bytes_raise_anything_else(noise: bytes) -> None:
             read(payload)
 
 
-def test_a_frame_that_unpacks_to_too_much_is_malformed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "MAX_BODY", 100)
+def test_what_unpacks_to_too_much_is_malformed() -> None:
     streamed = zstandard.ZstdCompressor(write_content_size=False).compress(GOOD)
-    for payload in (zstandard.compress(GOOD), streamed):
-        with pytest.raises(MalformedError):
-            read(payload)
+    for payload in (GOOD, zstandard.compress(GOOD), streamed):
+        assert read(payload, len(GOOD)).count == 2
+        with pytest.raises(MalformedError, match="at most"):
+            read(payload, len(GOOD) - 1)
 
 
 def test_a_packed_batch_reads_like_the_batch() -> None:
@@ -119,11 +120,20 @@ def test_a_gap_event_names_what_is_gone() -> None:
     assert read_gap(KEY, gap()) == (KEY, NamedGap(3, 9, "full", None))
     assert read_gap(KEY, gap(last_prev=GENESIS.hex())) == (KEY, NamedGap(3, 9, "full", GENESIS))
     assert read_gap(KEY, gap(summary=True)) == (KEY, NamedGap(3, 9, "full", None, thinned=True))
-    assert read_gap(KEY, gap(stream="other")) == (Key("site-7", "other"), NamedGap(3, 9, "full", None))
+    assert read_gap(KEY, gap(stream=OTHER)) == (Key("site-7", OTHER), NamedGap(3, 9, "full", None))
 
 
 @pytest.mark.parametrize(
-    "keys", [{"from": 10}, {"from": 0}, {"to": 2**63}, {"last_prev": "00"}, {"last_prev": "x" * 64}]
+    "keys",
+    [
+        {"from": 10},
+        {"stream": "other"},
+        {"reason": "x" * 1001},
+        {"from": 0},
+        {"to": 2**63},
+        {"last_prev": "00"},
+        {"last_prev": "x" * 64},
+    ],
 )
 def test_a_gap_event_that_names_nothing_is_malformed(keys: dict[str, object]) -> None:
     with pytest.raises(MalformedError):

@@ -2,33 +2,66 @@
 
 import hashlib
 import json
-import logging
+import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import click
 
+from edgegw.cli.log import log_to_stderr
 from edgegw.cli.options import json_option, print_json
-from edgegw.config.units import Duration
+from edgegw.config.units import Duration, Size
 from edgegw.errors import ConfigError
 from edgegw.receiver import target
+from edgegw.receiver.announce import printable
 from edgegw.receiver.corrector import Correctable, Corrector
 from edgegw.receiver.intake import Intake
 from edgegw.receiver.receipts import Receipts
 from edgegw.receiver.report import Report
 from edgegw.receiver.requests import Requests
-from edgegw.receiver.sink import Sink
+from edgegw.receiver.senders import DEFAULT_TEMPLATE, check_rebind, check_template
+from edgegw.receiver.sink import Sink, SinkError
+from edgegw.receiver.wire import MAX_MESSAGE
 from edgegw.runtime.stop import Stop
 
+if TYPE_CHECKING:
+    from edgegw.receiver.subscriber import Broker, Protocol
 
-def _duration(ctx: click.Context, param: click.Parameter, value: str) -> Duration:
-    try:
-        return Duration.parse(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
+
+def _read_by(read: Callable[[str], Any]) -> Callable[..., Any]:
+    """Return what has an option's text, or each of several, read by a function that raises ValueError."""
+
+    def callback(ctx: click.Context, param: click.Parameter, value: str | tuple[str, ...]) -> Any:
+        try:
+            return read(value) if isinstance(value, str) else [read(text) for text in value]
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from error
+
+    return callback
+
+
+def _max_message(text: str) -> Size:
+    size = Size.parse(text)
+    if not 1024 <= size <= MAX_MESSAGE:
+        raise ValueError(f"found {text}; expected 1KiB to 16MiB")
+    return size
+
+
+class _File(click.Path):
+    """A file that is there; `%d/` stands for systemd's credentials, as in the configuration."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, exists=True, dir_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        folder = os.environ.get("CREDENTIALS_DIRECTORY", "%d")
+        return super().convert(str(value).replace("%d", folder, 1), param, ctx)
 
 
 @click.command()
@@ -38,7 +71,13 @@ def _duration(ctx: click.Context, param: click.Parameter, value: str) -> Duratio
     "--to", required=True, help="Where to keep it: sqlite:///FILE, postgresql://..., or - for NDJSON."
 )
 @click.option("--once", is_flag=True, help="End when nothing new came for --idle, and print the report.")
-@click.option("--idle", default="5s", show_default=True, callback=_duration, help="How long --once waits.")
+@click.option(
+    "--idle",
+    default="5s",
+    show_default=True,
+    callback=_read_by(Duration.parse),
+    help="How long --once waits.",
+)
 @click.option("--report", is_flag=True, help="Only print the report of what --to holds; connect to nothing.")
 @click.option(
     "--import", "import_file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -66,11 +105,25 @@ def _duration(ctx: click.Context, param: click.Parameter, value: str) -> Duratio
 )
 @click.option("--username", help="The user at the broker.")
 @click.option(
-    "--password-file", type=click.Path(path_type=Path), help="A file whose first line is the password."
+    "--password-file",
+    type=_File(),
+    help="A file whose first line is the password; %d/NAME: a systemd credential.",
 )
+@click.option("--ca-file", type=_File(), help="The authority that signed the broker's certificate (PEM).")
+@click.option("--cert-file", type=_File(), help="Our certificate, for a broker that asks for one (PEM).")
+@click.option("--key-file", type=_File(), help="The private key of --cert-file (PEM).")
 @click.option(
-    "--ca-file", type=click.Path(path_type=Path), help="The authority that signed the broker's certificate."
-)
+    "--topic-template", default=DEFAULT_TEMPLATE, show_default=True, callback=_read_by(check_template),
+    help="The gateways' uplink.topic: a gateway is believed on its own topic alone.",
+)  # fmt: skip
+@click.option(
+    "--rebind", multiple=True, metavar="GATEWAY=TOPIC", callback=_read_by(check_rebind),
+    help="Believe a gateway on this topic as well from now on: it was renamed, or its topic was changed.",
+)  # fmt: skip
+@click.option(
+    "--max-message", default="1MiB", show_default=True, callback=_read_by(_max_message),
+    help="The largest batch (bytes of JSON): the gateways' largest uplink.max_message.",
+)  # fmt: skip
 @click.option(
     "--no-ack", is_flag=True, help="Send no receipts on TOPIC/ack: for a receiver that only watches."
 )
@@ -105,6 +158,11 @@ def command(
     username: str | None,
     password_file: Path | None,
     ca_file: Path | None,
+    cert_file: Path | None,
+    key_file: Path | None,
+    topic_template: str,
+    rebind: list[tuple[str, str]],
+    max_message: Size,
     no_ack: bool,
     no_replay: bool,
     from_here: bool,
@@ -150,34 +208,86 @@ def command(
         return
     if not url:
         raise click.UsageError("--url is needed: the broker, mqtt://HOST:PORT")
-    from edgegw.receiver.loop import Receiver
     from edgegw.receiver.subscriber import Broker, Protocol, parse_url
 
     host, port, tls = parse_url(url)
-    if ca_file and not tls:
-        raise click.UsageError("--ca-file is for mqtts://; this URL would not use it")
+    files = ca_file, cert_file, key_file
+    _check_files(*files, tls=tls)
     broker = Broker(
         host, port, tls, topic, client_id or _stable_id(url, topic, to),
-        username, _password(username, password_file), ca_file,
+        username, _password(username, password_file), *files,
     )  # fmt: skip
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    stop = Stop(signal.SIGINT, signal.SIGTERM)
-    sink = target.open_sink(to)
-    try:
-        lasts = to != target.STDOUT
-        intake = Intake(
-            sink,
-            receipts=Receipts() if lasts and not no_ack else None,
-            requests=Requests(lambda: f"receive-{uuid4().hex}") if lasts and not no_replay else None,
-            corrector=_corrector(sink) if correct_time else None,
-            from_here=from_here or not lasts,
+    lasts = to != target.STDOUT
+    opened = _opener(
+        to,
+        ack=lasts and not no_ack,
+        replay=lasts and not no_replay,
+        correct_time=correct_time,
+        from_here=from_here or not lasts,
+        template=topic_template,
+        rebind=dict(rebind),
+        max_message=max_message,
+    )
+    protocols = list(Protocol) if protocol == "auto" else [Protocol(protocol)]
+    report_made = _receive(broker, opened, idle.s if once else None, protocols, report=once or as_json)
+    if report_made is not None:
+        _print(report_made, as_json, to)
+
+
+def _check_files(ca_file: Path | None, cert_file: Path | None, key_file: Path | None, *, tls: bool) -> None:
+    """Raise UsageError where files of TLS would not be used."""
+    if (ca_file or cert_file or key_file) and not tls:
+        raise click.UsageError(
+            "--ca-file, --cert-file and --key-file are for mqtts://; this URL would not use them"
         )
-        protocols = list(Protocol) if protocol == "auto" else [Protocol(protocol)]
-        Receiver(broker, intake, stop, idle.s if once else None, protocols).run()
-        if once or as_json:
-            _print(intake.report(), as_json, to)
+    if bool(cert_file) != bool(key_file):
+        raise click.UsageError("--cert-file and --key-file come together; found only one of them")
+
+
+def _receive(
+    broker: "Broker",
+    opened: Callable[[], Intake],
+    idle_s: float | None,
+    protocols: "list[Protocol]",
+    *,
+    report: bool,
+) -> Report | None:
+    """Receive until that is over; return the report if one is wanted."""
+    from edgegw.receiver.loop import Receiver
+
+    log_to_stderr()
+    receiver = Receiver(broker, opened, Stop(signal.SIGINT, signal.SIGTERM), idle_s, protocols)
+    try:
+        receiver.run()
+        if not report:
+            return None
+        if receiver.intake is None:
+            raise SinkError("--to: the database is away; there is nothing to make a report of")
+        return receiver.intake.report()
     finally:
-        sink.close()
+        receiver.close()
+
+
+def _opener(
+    to: str, *, ack: bool, replay: bool, correct_time: bool, **options: Any
+) -> Callable[[], Intake]:  # fmt: skip
+    """Return what opens an intake, as often as its sink fails."""
+
+    def opened() -> Intake:
+        sink = target.open_sink(to)
+        try:
+            return Intake(
+                sink,
+                receipts=Receipts() if ack else None,
+                requests=Requests(lambda: f"receive-{uuid4().hex}") if replay else None,
+                corrector=_corrector(sink) if correct_time else None,
+                **options,
+            )
+        except BaseException:
+            sink.close()
+            raise
+
+    return opened if to != target.STDOUT else cache(opened)  # standard output knows of nothing but this run
 
 
 def _corrector(sink: Sink) -> Corrector:
@@ -204,7 +314,9 @@ def _only_correct(to: str, as_json: bool) -> None:
         )  # fmt: skip
         return
     for of in applied:
-        click.echo(f"{of.key}: {of.records:,} records of {of.batches:,} batches moved by {of.delta_ms:+,} ms")
+        click.echo(
+            f"{printable(str(of.key))}: {of.records:,} records of {of.batches:,} batches moved by {of.delta_ms:+,} ms"
+        )
     if not applied:
         click.echo("nothing to correct")
 

@@ -26,10 +26,12 @@ PAYLOAD, MANIFEST, CHECKSUM, SIGNATURE = (
 )  # fmt: skip
 BLOCK = 512
 END = bytes(2 * BLOCK)
-MAX_BODY = 64 * 1024**2
-"""The most bytes of one batch; no journal makes nearly as large ones."""
-MAX_MEMBER = 64 * 1024**2
-"""The most bytes of a member that is read as a whole."""
+MAX_BODY = 16 * 1024**2
+"""The most bytes of one batch: the largest `uplink.max_message` that there is."""
+MAX_MANIFEST = 4 * 1024**2
+"""The most bytes of a manifest: it has a few for each range of seqs."""
+MAX_MEMBER = 256
+"""The most bytes of a checksum or a signature."""
 CHUNK = 1024**2
 
 
@@ -144,19 +146,18 @@ class Bundle:
         self._size = _size(file, PAYLOAD)
         file.seek(BLOCK + self._size)
         _expect(file, _padding(self._size), "padding")
-        text = _member(file, MANIFEST)
+        text = _member(file, MANIFEST, MAX_MANIFEST)
         if _member(file, CHECKSUM) != _checksum(text):
             raise BundleError(f"{MANIFEST}: it does not give its SHA-256; the file has been changed")
+        signature = _last_member(file)
+        if public_key is not None:  # before anything of it is decoded
+            _check_signer(public_key, signature, text)
         self.manifest = _manifest(text)
         signed_with = self.manifest.public_key
-        if signed_with and not genuine(signed_with, _member(file, SIGNATURE), text):
+        if bool(signed_with) != (signature is not None):
+            raise BundleError(f"found {SIGNATURE} or public_key without the other; the file has been changed")
+        if signature is not None and not genuine(signed_with, signature, text):
             raise BundleError(f"{SIGNATURE}: it is not that of {MANIFEST}; the file has been changed")
-        _expect(file, END, "end")
-        if file.read(1):
-            raise BundleError("found more after the end; the file has been changed")
-        if public_key is not None and signed_with != public_key.hex():
-            found = f"signed with {signed_with}" if signed_with else "not signed"
-            raise BundleError(f"found a file {found}; expected one signed with {public_key.hex()}")
         payload = hashlib.sha256()
         for chunk in iter(self._part().chunk, b""):
             payload.update(chunk)
@@ -175,8 +176,8 @@ class Bundle:
                 whose = (message.gateway, message.stream)
                 if whose != (manifest.gateway, manifest.stream) or message.seq <= last or message.count < 1:
                     raise BundleError(
-                        f"{PAYLOAD}: found a batch of {whose[0]} {whose[1]} at {message.seq}; "
-                        f"expected one of {manifest.gateway} {manifest.stream} after {last}"
+                        f"{PAYLOAD}: found a batch of {whose[0][:80]!r} {whose[1][:80]!r} at {message.seq}; "
+                        f"expected one of {manifest.gateway!r} {manifest.stream!r} after {last}"
                     )
                 last = message.seq + message.count - 1
                 ranges.add(message.seq, last)
@@ -223,10 +224,32 @@ def _size(file: BinaryIO, name: str) -> int:
     return size
 
 
-def _member(file: BinaryIO, name: str) -> bytes:
+def _check_signer(public_key: bytes, signature: bytes | None, text: bytes) -> None:
+    """Raise BundleError if a manifest was not signed with the key that was asked for."""
+    if signature is None or not genuine(public_key.hex(), signature, text):
+        found = "not signed" if signature is None else "that another key signed, or that was changed"
+        raise BundleError(f"found a file {found}; expected one signed with {public_key.hex()}")
+
+
+def _last_member(file: BinaryIO) -> bytes | None:
+    """Return the signature if there is one; raise BundleError if the file does not end then."""
+    begin = file.tell()
+    signature = None
+    if file.read(BLOCK) != END[:BLOCK]:
+        file.seek(begin)
+        signature = _member(file, SIGNATURE)
+    else:
+        file.seek(begin)
+    _expect(file, END, "end")
+    if file.read(1):
+        raise BundleError("found more after the end; the file has been changed")
+    return signature
+
+
+def _member(file: BinaryIO, name: str, max_bytes: int = MAX_MEMBER) -> bytes:
     size = _size(file, name)
-    if size > MAX_MEMBER:
-        raise BundleError(f"{name}: found {size} bytes; expected {MAX_MEMBER} at most")
+    if size > max_bytes:
+        raise BundleError(f"{name}: found {size} bytes; expected {max_bytes} at most")
     content = file.read(size)
     if len(content) != size:
         raise BundleError(f"{name}: found {len(content)} of {size} bytes; the file has been cut")
@@ -244,7 +267,7 @@ def _manifest(text: bytes) -> Manifest:
         version = msgspec.json.decode(text, type=_Version)
         if (version.format, version.version) != (FORMAT, VERSION):
             raise BundleError(
-                f"{MANIFEST}: found {version.format} {version.version}; this version reads {FORMAT} {VERSION}"
+                f"{MANIFEST}: found {version.format[:80]!r} {version.version}; this version reads {FORMAT} {VERSION}"
             )
         return msgspec.json.decode(text, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:

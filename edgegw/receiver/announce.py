@@ -1,9 +1,18 @@
 """What is worth a line while batches come in: transitions, and what repeats no more often than it must."""
 
+from edgegw.clock import mono_s
+
+MAX_LINE = 1000
 EVERY_S = 30.0
 """The least time between two lines about the same kind of trouble."""
 SETTLE_S = 2.0
 """How long a hole must last to be worth a line: live and backfilled batches overtake each other."""
+
+
+def printable(text: str) -> str:
+    """Return a text as one line without control characters: what came from outside may hold anything."""
+    text = text if len(text) <= MAX_LINE else f"{text[:MAX_LINE]}..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class Throttle:
@@ -60,3 +69,43 @@ def spell(ranges: list[tuple[int, int]], most: int = 8) -> str:
     if len(ranges) > most:
         shown.append(f"and {len(ranges) - most} more ranges")
     return ", ".join(shown)
+
+
+class Outage:
+    """What to log while something is away: at once, then in a while with the count, and when it is back."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._since_s: float | None = mono_s()
+        self._said_s: float | None = None
+        self._failures = 0
+        self.ever = False
+        """Whether it was ever there."""
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been away."""
+        return 0.0 if self._since_s is None else mono_s() - self._since_s
+
+    def lost(self, cause: str) -> str | None:
+        """Note a loss or one more failure; return the line to log, if any."""
+        now_s = mono_s()
+        self._failures += 1
+        if self._since_s is None:
+            self._since_s, self._said_s, self._failures = now_s, None, 0
+        if self._said_s is None:
+            line = f"{f'{self._name} lost' if self.ever else f'no {self._name} yet'}: {cause}"
+        elif now_s - self._said_s >= EVERY_S:
+            line = f"{self._name} still away after {self._failures} failures, {self.seconds:.0f} s: {cause}"
+        else:
+            return None
+        self._said_s = now_s
+        return line
+
+    def over(self) -> str | None:
+        """Note that it is there; return the line to log, if any."""
+        said = self._said_s is not None
+        line = f"{self._name} back after {self._failures} failures, {self.seconds:.0f} s" if said else None
+        self._since_s, self._said_s, self._failures = None, None, 0
+        self.ever = True
+        return line

@@ -75,7 +75,8 @@ class Stream:
         self.received = Ranges()
         self.recorded = Ranges()
         self.named = Ranges()
-        self.gaps: list[NamedGap] = []
+        self.gaps: dict[NamedGap, None] = {}
+        """The gap events in the order in which they came."""
 
     def judge(self, batch: Outline, kept: Callable[[], Sequence[Outline]]) -> Verdict:
         """Say what a batch is; `kept` is asked for the kept batches that overlap it only where some must.
@@ -116,7 +117,7 @@ class Stream:
         """Take in a gap event; False if it is known."""
         if gap in self.gaps:
             return False
-        self.gaps.append(gap)
+        self.gaps[gap] = None
         if not gap.thinned:
             self.named.add(gap.first, gap.last)
         return True

@@ -2,19 +2,21 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 from edgegw.clock import mono_s, wall_ms
 from edgegw.domain.batch import ChainReport, Gap, Kind
 from edgegw.domain.ranges import Ranges
+from edgegw.receiver.admission import Admissions
 from edgegw.receiver.announce import HoleWatch, Throttle
 from edgegw.receiver.corrector import Corrector
 from edgegw.receiver.dedupe import Key, Stream, Verdict
 from edgegw.receiver.receipts import Receipts
 from edgegw.receiver.report import Report, StreamReport, chain_of
 from edgegw.receiver.requests import Requests
+from edgegw.receiver.senders import DEFAULT_TEMPLATE, Admission
 from edgegw.receiver.sink import Figures, Sink
-from edgegw.receiver.wire import Batch, MalformedError, read, read_gap
+from edgegw.receiver.wire import MAX_MESSAGE, Batch, MalformedError, read, read_gap
 
 BATCH_TOPICS = frozenset({"data", "event", "backfill", "summary"})
 """The last level of the topics that carry batches; all others are passed over."""
@@ -28,6 +30,8 @@ class Intake:
     A message may be confirmed to its sender once `commit` has returned after `take`. With `receipts` it
     collects what to confirm to the gateways, with `requests` it asks them for what is missing, with a `corrector` it
     has the times corrected. With `from_here` a stream that is new counts from the first batch that comes.
+    `template` and `rebind` say on which topics gateways are believed (see `senders`); batches are `max_message` bytes
+    of JSON at most. After an error of the sink it is of no more use.
     """
 
     def __init__(
@@ -39,6 +43,9 @@ class Intake:
         requests: Requests | None = None,
         corrector: Corrector | None = None,
         from_here: bool = False,
+        template: str = DEFAULT_TEMPLATE,
+        rebind: Mapping[str, str] | None = None,
+        max_message: int = MAX_MESSAGE,
     ) -> None:
         self._sink = sink
         self._now_s = now_s
@@ -48,28 +55,44 @@ class Intake:
         self._corrector = corrector
         self._streams: dict[Key, Stream] = {}
         self._names: dict[str, list[Key]] = {}  # of each stream, all that its gateway was called
+        self._first: dict[Key, tuple[int, int]] = {}  # when each came first; of one run also in which order
         self._holes: dict[Key, HoleWatch] = {}
         self._duplicates: Counter[Key] = Counter()
         self._touched: set[Key] = set()
         self._watch_s = 0.0
-        self._malformed = 0
         self._throttles: dict[str, Throttle] = {}
-        for span in sink.spans():
-            self._stream(span.key).keep(span.seq, span.count)
-        for key, gap in sink.gaps():
+        self._max_message = max_message
+        self._confirmable: dict[Key, Ranges] = {}
+        self._admissions = Admissions(sink.apart, now_s, template, rebind)
+        self._load()
+        sink.commit()
+
+    def _load(self) -> None:
+        """Read from the sink what is kept."""
+        for span in self._sink.spans():
+            self._stream(span.key, span.received_ms).keep(span.seq, span.count)
+            if span.received_ms >= self._admissions.senders.since_ms(span.key.gateway):
+                self._confirm(span.key, span.seq, span.count)
+        for key, gap in self._sink.gaps():
             self._stream(key).name(gap)
-        for key, seq in sink.beginnings():
+        for key, seq in self._sink.beginnings():
             self._stream(key).begin(seq)
-        if from_here:
+        if self._from_here:
             for key, stream in self._streams.items():
                 if stream.received and stream.begins == 1:
                     self._begin(key, next(iter(stream.received))[0])
-            sink.commit()
 
-    def _stream(self, key: Key) -> Stream:
+    def _confirm(self, key: Key, seq: int, count: int) -> None:
+        """Note seqs as kept and as come from where their gateway is believed: a receipt may confirm them."""
+        self._confirmable.setdefault(key, Ranges()).add(seq, seq + count - 1)
+
+    def _stream(self, key: Key, received_ms: int | None = None) -> Stream:
         if key not in self._streams:
             self._streams[key] = Stream()
             self._names.setdefault(key.stream, []).append(key)
+            self._first[key] = (wall_ms(), len(self._first)) if received_ms is None else (received_ms, 0)
+        elif received_ms is not None:
+            self._first[key] = min(self._first[key], (received_ms, 0))
         return self._streams[key]
 
     def _begin(self, key: Key, seq: int) -> None:
@@ -79,8 +102,19 @@ class Intake:
             _log.info("%s: begins with %d; nothing before is expected", key, seq)
 
     def _elsewhere(self, key: Key) -> dict[str, Ranges]:
-        """Return what came of a stream under other names of its gateway."""
-        return {name.gateway: self._streams[name].received for name in self._names[key.stream] if name != key}
+        """Return what came of a stream under other names of its gateway: earlier ones, or ones of the same topic.
+
+        A later one on another topic may be anybody's who has heard of the stream.
+        """
+        return {
+            name.gateway: self._streams[name].received
+            for name in self._names[key.stream]
+            if name != key and (self._first[name] <= self._first[key] or self._together(name, key))
+        }
+
+    def _together(self, one: Key, other: Key) -> bool:
+        senders = self._admissions.senders
+        return senders.topic(one.gateway) == senders.topic(other.gateway)
 
     def _missing(self, key: Key) -> list[tuple[int, int]]:
         """Return what is missing of a stream, under whatever name of its gateway."""
@@ -91,37 +125,53 @@ class Intake:
         return list(missing)
 
     def take(self, topic: str, payload: bytes) -> bool:
-        """Take one message in; tell whether it brought anything new."""
+        """Process one message; return whether it brought anything new."""
         level = topic.rpartition("/")[2]
         if level == "reply" and self._requests is not None:
-            self._requests.reply(payload, self._now_s())
+            self._requests.reply(topic, payload, self._now_s())
         if level not in BATCH_TOPICS:
             return False
         try:
-            batch = read(payload)
+            batch = read(payload, self._max_message)
         except MalformedError as error:
-            self._malformed += 1
-            self._complain("malformed", f"malformed message on {topic}: {error}")
+            self.reject(topic, payload, f"malformed: {error}")
             return False
-        return self._judge(topic, batch)
-
-    def _judge(self, topic: str, batch: Batch) -> bool:
-        key, stream = batch.key, self._stream(batch.key)
+        gateway = batch.key.gateway
+        admission = self._admissions.admit(topic, payload, gateway)
+        if admission is Admission.REFUSED:
+            return False
+        if admission is Admission.MOVED:
+            for key in [key for key in self._confirmable if key.gateway == gateway]:
+                del self._confirmable[key]
         if self._receipts is not None:
-            self._receipts.came(key, topic, batch.seq, batch.last)
+            self._receipts.came(batch.key, topic, batch.seq, batch.last)
         if self._requests is not None:
-            self._requests.came(key, topic, self._now_s())
+            self._requests.came(batch.key, topic, self._now_s())
+        return self.add(batch, topic)
+
+    def reject(self, topic: str, payload: bytes, reason: str) -> None:
+        """Set a message apart that cannot be processed."""
+        self._admissions.reject(topic, payload, reason)
+
+    def rejected(self) -> Iterator[tuple[str, bytes]]:
+        """Yield the messages that were rejected, for another try: options or the version may have changed since."""
+        return self._admissions.payloads()
+
+    def add(self, batch: Batch, origin: str) -> bool:
+        """Keep a batch whose sender is believed; return whether it is new. `origin` names where it came from."""
+        key, stream = batch.key, self._stream(batch.key)
         if self._from_here and not stream.received:
             self._begin(key, batch.seq)
         verdict = stream.judge(batch.outline, lambda: self._sink.kept(key, batch.seq, batch.last))
         if verdict is Verdict.DUPLICATE:
             self._duplicates[key] += 1
+            self._confirm(key, batch.seq, batch.count)
             return False
         if verdict is Verdict.CONFLICT:
             self._sink.add_conflict(batch, wall_ms())
             self._complain(
                 "conflict",
-                f"CONFLICT {key}: {batch.seq}-{batch.last} came on {topic} with other bytes or bounds than "
+                f"CONFLICT {key}: {batch.seq}-{batch.last} came on {origin} with other bytes or bounds than "
                 "those kept; the first stay, these are set apart",
             )
             return False
@@ -129,6 +179,7 @@ class Intake:
         if self._corrector is not None:
             self._corrector.take(batch)
         stream.keep(batch.seq, batch.count, recorded=not batch.period_s)
+        self._confirm(key, batch.seq, batch.count)
         self._touched.add(key)
         if batch.kind is Kind.EVENT:
             self._name_gaps(batch)
@@ -168,7 +219,10 @@ class Intake:
         """Return the receipts that are due, each with its topic; call it when all that was taken is committed."""
         if self._receipts is None:
             return []
-        return self._receipts.due(lambda key: self._streams[key].received, self._now_s(), at_once=at_once)
+        nothing = Ranges()
+        return self._receipts.due(
+            lambda key: self._confirmable.get(key, nothing), self._now_s(), at_once=at_once
+        )
 
     def requests(self, *, at_once: bool = False) -> list[tuple[str, bytes]]:
         """Return the commands that ask for what is missing, each with its topic; `at_once`: nothing more comes."""
@@ -206,13 +260,13 @@ class Intake:
                     head=stream.head,
                     duplicates=self._duplicates[key],
                     missing=self._missing(key),
-                    gaps=stream.gaps,
+                    gaps=list(stream.gaps),
                     chain=self._chain(key, stream),
                     begins=stream.begins,
                     elsewhere=self._filled_elsewhere(key, stream),
                 )
             )
-        return Report(streams, self._malformed)
+        return Report(streams, self._admissions.malformed, self._admissions.rejected())
 
     def _filled_elsewhere(self, key: Key, stream: Stream) -> dict[str, list[tuple[int, int]]]:
         """Return what is missing under this name and came under another one."""
@@ -226,3 +280,7 @@ class Intake:
         for ranges in self._filled_elsewhere(key, stream).values():
             unverified += [Gap(first, last, None) for first, last in ranges]
         return chain_of(self._sink.links(key), stream.gaps, unverified)
+
+    def close(self) -> None:
+        """Close the sink; what was not committed is gone."""
+        self._sink.close()

@@ -8,8 +8,9 @@ from typing import Any, BinaryIO
 import msgspec
 
 from edgegw.domain.batch import Kind, Link
+from edgegw.receiver.apart import Apart, NoneApart
 from edgegw.receiver.dedupe import Key, NamedGap, Outline
-from edgegw.receiver.sink import Figures, SinkError, Span
+from edgegw.receiver.sink import Figures, SinkUnusable, Span
 from edgegw.receiver.wire import Batch
 
 REMEMBERED = 10_000
@@ -58,6 +59,7 @@ class NdjsonSink:
     """The port's implementation over a binary stream; it knows nothing of earlier runs."""
 
     def __init__(self, out: BinaryIO) -> None:
+        self.apart: Apart = NoneApart()
         self._out = out
         self._written: dict[Key, _Written] = {}
 
@@ -99,7 +101,7 @@ class NdjsonSink:
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise SinkError(f"standard output: {error}") from error
+            raise SinkUnusable(f"standard output: {error}") from error
 
     def add_conflict(self, batch: Batch, received_ms: int) -> None:
         written = self._written[batch.key]
@@ -117,7 +119,7 @@ class NdjsonSink:
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise SinkError(f"standard output: {error}") from error
+            raise SinkUnusable(f"standard output: {error}") from error
 
     def links(self, key: Key) -> Iterator[Link]:
         return iter(self._written[key].joined if key in self._written else ())

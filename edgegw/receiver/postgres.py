@@ -8,19 +8,13 @@ import msgspec
 
 from edgegw.domain.batch import Kind, Link, decode, digest
 from edgegw.domain.tag import Value
-from edgegw.errors import ConfigError
+from edgegw.receiver.apart import Apart, TablesApart
 from edgegw.receiver.corrector import Correction, Place
 from edgegw.receiver.dedupe import Key, NamedGap, Outline
-from edgegw.receiver.sink import Figures, SinkError, Span
+from edgegw.receiver.postgres_link import as_line, connect, psycopg
+from edgegw.receiver.sink import BatchError, Figures, SinkError, SinkUnusable, Span
 from edgegw.receiver.timing import HEAD_BYTES, UNSYNCED
 from edgegw.receiver.wire import Batch, MalformedError, link, outline, read_gap
-
-try:
-    import psycopg
-except ImportError as error:
-    raise ConfigError(
-        ["--to: postgresql:// needs psycopg, which is not installed; pip install 'edgegw[postgres]'"]
-    ) from error
 
 _SCHEMA: tuple[LiteralString, ...] = (
     "CREATE TABLE IF NOT EXISTS batches (gateway text, stream text, seq bigint, count bigint NOT NULL,"
@@ -50,8 +44,8 @@ _SCHEMA: tuple[LiteralString, ...] = (
 """A number stands in `value`; text, or an array as JSON, in `value_text`. What `beside` is for: see `sqlite.py`."""
 
 _ALL: LiteralString = (
-    "(SELECT gateway, stream, seq, 0::bigint AS layer, count, body FROM batches"
-    " UNION ALL SELECT gateway, stream, seq, 1 + period, count, body FROM beside) AS every_batch"
+    "(SELECT gateway, stream, seq, 0::bigint AS layer, count, received_ts, body FROM batches"
+    " UNION ALL SELECT gateway, stream, seq, 1 + period, count, received_ts, body FROM beside) AS every_batch"
 )
 _OF_RECORDS: tuple[LiteralString, ...] = ("readings", "events", "device_status")
 """The tables whose rows bear the seqs of records; those of `summaries` bear their batch's first."""
@@ -76,17 +70,31 @@ class PostgresSink:
     """The port's implementation over one connection."""
 
     def __init__(self, url: str) -> None:
-        with _naming_the_database():
-            self._conn = psycopg.connect(url)
+        self._conn = connect(url)
+        try:
             for statement in _SCHEMA:
                 self._conn.execute(statement)
+            self.apart: Apart = TablesApart(self._execute, "%s", "bytea")
             self._conn.commit()
+        except (
+            psycopg.OperationalError,
+            psycopg.IntegrityError,
+        ) as error:  # the latter: another one makes them
+            self._conn.close()
+            raise SinkError(as_line(error)) from error
+        except psycopg.Error as error:
+            self._conn.close()
+            raise SinkUnusable(as_line(error)) from error
+
+    def _execute(self, statement: str, parameters: Sequence[Any]) -> "psycopg.Cursor[Any]":
+        with _naming_the_database():
+            return self._conn.execute(statement.encode(), parameters)
 
     def spans(self) -> Iterable[Span]:
         rows = self._rows(
-            f"SELECT gateway, stream, seq, count FROM {_ALL} ORDER BY gateway, stream, seq, layer"
+            f"SELECT gateway, stream, seq, count, received_ts FROM {_ALL} ORDER BY gateway, stream, seq, layer"
         )
-        return (Span(Key(gateway, stream), seq, count) for gateway, stream, seq, count in rows)
+        return (Span(Key(gateway, stream), *figures) for gateway, stream, *figures in rows)
 
     def gaps(self) -> Iterable[tuple[Key, NamedGap]]:
         for gateway, stream, body in self._rows(
@@ -229,10 +237,12 @@ class PostgresSink:
 def _naming_the_database() -> Iterator[None]:
     try:
         yield
+    except (psycopg.DataError, psycopg.errors.ProgramLimitExceeded) as error:
+        raise BatchError(as_line(error)) from error
+    except psycopg.IntegrityError as error:
+        raise SinkError(f"{as_line(error)}; another receiver is writing to this database") from error
     except psycopg.Error as error:
-        raise SinkError(
-            f"postgresql: {str(error).strip()}; nothing unkept was confirmed, start again"
-        ) from error
+        raise SinkError(f"{as_line(error)}; nothing unkept was confirmed") from error
 
 
 def _add_records(cursor: "psycopg.Cursor[Any]", batch: Batch) -> None:

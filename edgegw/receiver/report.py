@@ -1,13 +1,18 @@
 """The verdict on what was received: complete, once, and in one chain, or where not."""
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from edgegw.domain.batch import ChainReport, Gap, Link, verify
 from edgegw.domain.ranges import Ranges
-from edgegw.receiver.announce import spell
+from edgegw.receiver.announce import printable, spell
+from edgegw.receiver.apart import Rejected
 from edgegw.receiver.dedupe import Key, NamedGap
 from edgegw.receiver.sink import Figures
+
+MAX_REASONS = 20
+"""How many topics and reasons of rejected messages a report names."""
 
 
 class StreamReport(NamedTuple):
@@ -76,10 +81,11 @@ class StreamReport(NamedTuple):
 
 
 class Report(NamedTuple):
-    """The verdict on all streams."""
+    """The verdict on all streams; `malformed` are this run's, `rejected` all that are kept."""
 
     streams: list[StreamReport]
     malformed: int
+    rejected: list[Rejected]
 
     @property
     def ok(self) -> bool:
@@ -91,6 +97,10 @@ class Report(NamedTuple):
         return {
             "ok": self.ok,
             "malformed": self.malformed,
+            "rejected": [
+                {"topic": topic, "reason": reason, "messages": count}
+                for (topic, reason), count in self._rejections()
+            ],
             "streams": [stream.as_json() for stream in self.streams],
         }
 
@@ -99,6 +109,8 @@ class Report(NamedTuple):
         lines = [line for stream in self.streams for line in stream.lines()]
         if self.malformed:
             lines.append(f"malformed messages passed over: {self.malformed}")
+        for (topic, reason), count in self._rejections():
+            lines.append(f"rejected and set apart: {count} on {topic}: {reason}")
         if not self.streams:
             lines.append("nothing received")
         elif self.ok:
@@ -106,7 +118,11 @@ class Report(NamedTuple):
         else:
             bad = sum(not stream.ok for stream in self.streams)
             lines.append(f"NOT OK: {bad} of {len(self.streams)} streams")
-        return lines
+        return [printable(line) for line in lines]
+
+    def _rejections(self) -> list[tuple[tuple[str, str], int]]:
+        """Return the most frequent topics and reasons with their numbers."""
+        return Counter((one.topic, one.reason) for one in self.rejected).most_common(MAX_REASONS)
 
 
 def _json(gap: NamedGap) -> dict[str, Any]:

@@ -91,8 +91,8 @@ class Requests:
         if level in _NOT_LIVE:
             stream.progress_s, stream.tries = now_s, 0
 
-    def reply(self, payload: bytes, now_s: float) -> None:
-        """Process a message of TOPIC/reply."""
+    def reply(self, topic: str, payload: bytes, now_s: float) -> None:
+        """Process a message of TOPIC/reply; who else answers than the gateway that was asked is not listened to."""
         try:
             reply = msgspec.json.decode(payload, type=_Reply)
         except (ValueError, RecursionError):
@@ -101,6 +101,8 @@ class Requests:
         if key is None:
             return
         stream = self._streams[key]
+        if topic != f"{stream.topic}/reply":
+            return
         asked = stream.open
         assert asked is not None
         if reply.ok:

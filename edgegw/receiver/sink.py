@@ -7,20 +7,30 @@ import msgspec
 
 from edgegw.domain.batch import Link
 from edgegw.errors import EdgegwError
+from edgegw.receiver.apart import Apart
 from edgegw.receiver.dedupe import Key, NamedGap, Outline
 from edgegw.receiver.wire import Batch
 
 
 class SinkError(EdgegwError):
-    """What keeps the batches cannot; nothing was confirmed to the broker that is not kept."""
+    """What keeps the batches cannot for now; nothing was confirmed that is not kept: back off, open it anew."""
+
+
+class SinkUnusable(EdgegwError):
+    """What should keep the batches cannot be used as it is (wrong password, no such folder): somebody must mend it."""
+
+
+class BatchError(EdgegwError):
+    """The medium is well and will never keep this batch; what was not committed must be added again without it."""
 
 
 class Span(msgspec.Struct, frozen=True):
-    """The seqs of one kept batch, or of several that follow each other."""
+    """The seqs of one kept batch, or of several that follow each other, and when they came."""
 
     key: Key
     seq: int
     count: int
+    received_ms: int
 
 
 class Figures(NamedTuple):
@@ -33,7 +43,12 @@ class Figures(NamedTuple):
 
 
 class Sink(Protocol):
-    """Keeps batches in transactions; every method raises SinkError where the medium fails."""
+    """Keeps batches in transactions; every method raises SinkError where the medium fails.
+
+    After any error what was not committed is undefined: close it and open it anew.
+    """
+
+    apart: Apart
 
     def spans(self) -> Iterable[Span]:
         """Return what is kept, for a start from there."""
@@ -48,7 +63,10 @@ class Sink(Protocol):
         ...
 
     def add(self, batch: Batch, received_ms: int, *, beside: bool = False) -> None:
-        """Take in a new batch, perhaps beside others of its seqs; it is safe only when `commit` has returned."""
+        """Add a new batch, perhaps beside others of its seqs; it is safe only when `commit` has returned.
+
+        Raises BatchError if it never can be added.
+        """
         ...
 
     def add_conflict(self, batch: Batch, received_ms: int) -> None:

@@ -16,9 +16,10 @@ import sqlite_utils
 
 from edgegw.domain.batch import Link, decode, digest
 from edgegw.domain.tag import Value
+from edgegw.receiver.apart import Apart, TablesApart
 from edgegw.receiver.corrector import Correction, Place
 from edgegw.receiver.dedupe import Key, NamedGap, Outline
-from edgegw.receiver.sink import Figures, SinkError, Span
+from edgegw.receiver.sink import BatchError, Figures, SinkError, SinkUnusable, Span
 from edgegw.receiver.timing import HEAD_BYTES, UNSYNCED
 from edgegw.receiver.wire import MAX_INT, Batch, MalformedError, link, outline, read_gap
 
@@ -57,8 +58,18 @@ _OF_RECORDS = ("readings", "events", "device_status")
 _OF_BATCH = "WHERE gateway = ? AND stream = ? AND"
 _UNSYNCED = f"instr(substr(body, 1, {HEAD_BYTES}), '{UNSYNCED}') > 0"
 """The condition of the indexes `batches_unsynced` and `beside_unsynced`: what uses them must say the same."""
-LOCKED_S = 60.0
-"""How long to wait for another program that holds the file."""
+LOCKED_S = 10.0
+"""How long to wait for another program that has locked the file; after that it is an outage."""
+_PASSING = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_NOMEM,
+    }
+)
+"""Primary result codes of what passes by itself, or by making room."""
 
 
 class SqliteSink:
@@ -66,13 +77,18 @@ class SqliteSink:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with self._naming_the_file():
+        try:
             conn = sqlite3.connect(path, timeout=LOCKED_S)
             self._db = sqlite_utils.Database(conn)
             self._conn = conn
             self._db.enable_wal()
             conn.execute("PRAGMA synchronous = FULL")
             self._make_tables()
+            self.apart: Apart = TablesApart(self._execute, "?", "BLOB")
+            conn.commit()
+        except sqlite3.Error as error:
+            passing = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF in _PASSING
+            raise (SinkError if passing else SinkUnusable)(f"{path}: {error}") from error
 
     def _make_tables(self) -> None:
         present = set(self._db.table_names())
@@ -90,16 +106,22 @@ class SqliteSink:
             yield
         except sqlite3.IntegrityError as error:
             raise SinkError(f"{self._path}: {error}; another receiver is writing to this file") from error
+        except sqlite3.DataError as error:
+            raise BatchError(f"{self._path}: {error}") from error
         except sqlite3.Error as error:
-            raise SinkError(f"{self._path}: {error}; nothing unkept was confirmed, start again") from error
+            raise SinkError(f"{self._path}: {error}; nothing unkept was confirmed") from error
+
+    def _execute(self, statement: str, parameters: Sequence[Any]) -> sqlite3.Cursor:
+        with self._naming_the_file():
+            return self._conn.execute(statement, parameters)
 
     def spans(self) -> Iterable[Span]:
         with self._naming_the_file():
             for table in ("batches", "beside"):
-                for gateway, stream, seq, count in self._conn.execute(
-                    f"SELECT gateway, stream, seq, count FROM {table} ORDER BY gateway, stream, seq"
+                for gateway, stream, seq, count, received_ms in self._conn.execute(
+                    f"SELECT gateway, stream, seq, count, received_ts FROM {table} ORDER BY gateway, stream, seq"
                 ):
-                    yield Span(Key(gateway, stream), seq, count)
+                    yield Span(Key(gateway, stream), seq, count, received_ms)
 
     def gaps(self) -> Iterable[tuple[Key, NamedGap]]:
         with self._naming_the_file():

@@ -16,9 +16,12 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from edgegw.clock import mono_s
 from edgegw.errors import ConfigError, UplinkError
+from edgegw.receiver.wire import MAX_MESSAGE
 
 RECEIVE_MAXIMUM = 200
 """How many unacknowledged messages an MQTT 5 broker may have on their way to us."""
+MAX_PACKET = MAX_MESSAGE + 64 * 1024
+"""The largest packet that an MQTT 5 broker may send us: any gateway's batch with its topic and properties."""
 SESSION_S = 7 * 24 * 3600
 """How long an MQTT 5 broker keeps messages for a receiver that is away."""
 KEEPALIVE_S = 30
@@ -61,6 +64,8 @@ class Broker(NamedTuple):
     username: str | None = None
     password: str | None = None
     ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
 
     @property
     def url(self) -> str:
@@ -122,11 +127,12 @@ class Connection:
         """Reach the broker and send CONNECT; raise UplinkError."""
         try:
             if self._broker.tls:
-                self._client.tls_set_context(ssl.create_default_context(cafile=self._broker.ca_file))
+                self._client.tls_set_context(self._tls_context())
             if self._protocol is Protocol.V5:
                 wishes = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
                 wishes.SessionExpiryInterval = SESSION_S
                 wishes.ReceiveMaximum = RECEIVE_MAXIMUM
+                wishes.MaximumPacketSize = MAX_PACKET
                 self._client.connect(
                     self._broker.host, self._broker.port, KEEPALIVE_S, clean_start=False, properties=wishes
                 )
@@ -137,6 +143,13 @@ class Connection:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
             raise UplinkError(f"{self._broker.url}: {error.strerror or error}") from error
+
+    def _tls_context(self) -> ssl.SSLContext:
+        """Read the certificates, at each connection anew; raise OSError, of which ssl.SSLError is one."""
+        context = ssl.create_default_context(cafile=self._broker.ca_file)
+        if self._broker.cert_file is not None:
+            context.load_cert_chain(self._broker.cert_file, self._broker.key_file, lambda: "")
+        return context
 
     def check(self) -> None:
         """Raise ProtocolError if the broker does not answer to MQTT 5, UplinkError if it refused or left."""

@@ -1,7 +1,5 @@
 """Takes an exported file into what a receiver keeps: all of it is checked first, and a receipt comes last."""
 
-import logging
-import sys
 from array import array
 from pathlib import Path
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import click
 
 from edgegw import clock
+from edgegw.cli.log import log_to_stderr
 from edgegw.cli.options import print_json
 from edgegw.errors import EdgegwError
 from edgegw.journal import receipt as receipts
@@ -17,6 +16,7 @@ from edgegw.journal.receipt import Held, Receipt
 from edgegw.journal.signature import KeyFileError
 from edgegw.journal.signature import public_key as read_public_key
 from edgegw.receiver import target
+from edgegw.receiver.announce import printable
 from edgegw.receiver.dedupe import Stream, Verdict
 from edgegw.receiver.intake import Intake
 from edgegw.receiver.sink import Sink
@@ -37,12 +37,14 @@ def take_in(
             "--receipt: nothing is kept on standard output, so there is nothing to confirm"
         )
     key = _key(public_key) if public_key else None
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    log_to_stderr()
     try:
         with file.open("rb") as source:
             bundle = Bundle(source, key)
             if gateway and bundle.manifest.gateway != gateway:
-                raise BundleError(f"found batches of gateway {bundle.manifest.gateway}; expected {gateway}")
+                raise BundleError(
+                    f"found batches of gateway {printable(bundle.manifest.gateway)}; expected {gateway}"
+                )
             sums = array("q", (_checked(body) for body in bundle.bodies()))
             sink = target.open_sink(to)
             try:
@@ -95,7 +97,7 @@ def _take(
         if hash(body) != checked:
             raise BundleError("it reads otherwise the second time; expected a medium that can be relied on")
         batch = read(body)
-        new += intake.take(f"{name}/backfill", body)
+        new += intake.add(batch, name)
         if _is_held(sink, batch):
             _hold(held, batch)
         taken += len(body)
@@ -129,7 +131,8 @@ def _say(done: dict[str, Any], as_json: bool, to: str) -> None:
         return
     there = done["batches"] - done["new_batches"]
     click.echo(
-        f"{done['gateway']} {done['stream']}: {done['new_batches']:,} of {done['batches']:,} batches taken in, "
+        f"{printable(done['gateway'])} {printable(done['stream'])}: "
+        f"{done['new_batches']:,} of {done['batches']:,} batches taken in, "
         f"{there:,} not new; {done['held_records']:,} of {done['records']:,} records are kept",
         err=on_stdout,
     )
