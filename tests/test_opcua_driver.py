@@ -222,7 +222,7 @@ async def test_bad_and_uncertain_are_kept_as_quality(field: Field, mode: str) ->
 
 
 @MODES
-async def test_what_a_tag_cannot_take_is_bad_and_said_once_for_each_connection(
+async def test_what_a_tag_cannot_represent_is_bad_and_logged_once_for_each_connection(
     field: Field, mode: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A matrix, and texts where numbers are configured: the mistake of whoever wrote the configuration."""
@@ -240,17 +240,17 @@ async def test_what_a_tag_cannot_take_is_bad_and_said_once_for_each_connection(
         }
         await field.set("Name", "12.5", "String")
         assert (await scan(driver))[0].values["float"] is None
-        found = [line for line in caplog.messages if "cannot take" in line]
+        found = [line for line in caplog.messages if "cannot represent" in line]
         assert found == [
-            f"device.plant ({field.url}): found values that tags cannot take: float (type-mismatch), "
+            f"device.plant ({field.url}): found values that tags cannot represent: float (type-mismatch), "
             "int (type-mismatch), flag (type-mismatch), scaled (type-mismatch), array (type-mismatch) and 1 more; "
-            "expected the configured type, and no matrix or structure"
+            "expected the configured type, no matrix or structure"
         ]
         field.kill()
         await error_of(driver)
         await field.start()
         await working(driver)
-        assert len([line for line in caplog.messages if "cannot take" in line]) == 2
+        assert len([line for line in caplog.messages if "cannot represent" in line]) == 2
 
 
 @MODES

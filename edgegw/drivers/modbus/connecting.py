@@ -1,4 +1,4 @@
-"""Why a connection could not be made, in words for whoever has to mend it."""
+"""Why a connection could not be made: the cause, and a hint for the operator."""
 
 import errno
 import socket

@@ -164,7 +164,7 @@ class RtuTransport:
 
 
 def _kept_cause(client: Any) -> list[OSError]:
-    """Return a list that gets why the client cannot connect, which pymodbus only says in its log."""
+    """Return a list that gets the error on which the client cannot connect; pymodbus only logs it."""
     causes: list[OSError] = []
     create = client.ctx.call_create
 

@@ -113,7 +113,7 @@ class _Wire(asyncio.Protocol):
     an earlier request that was given up may still occupy a gateway, it begins when that one's late answer comes, or
     one more time-out has passed. A frame that stays in pieces ends the connection: the next answer's bytes would
     complete it. And so do silence to MUTE requests in a row, and more than MAX_UNREQUESTED frames in a row that
-    answer none. What follows in the same data is not looked at.
+    answer none. What follows in the same data is not parsed.
     """
 
     def __init__(self, probes: Probes) -> None:

@@ -167,7 +167,7 @@ class OpcUaDriver:
         return scans
 
     def _log_unusable(self, qualities: Mapping[str, str]) -> None:
-        """Say once for each connection which tags have values that they cannot take."""
+        """Log once for each connection which tags cannot represent their values."""
         new = {
             tag: why for tag, why in qualities.items() if why in values.UNUSABLE and tag not in self._unusable
         }
@@ -176,7 +176,7 @@ class OpcUaDriver:
         self._unusable |= new.keys()
         named = [f"{tag} ({why.removeprefix('bad:')})" for tag, why in new.items()]
         log.warning(
-            "%s: found values that tags cannot take: %s%s; expected the configured type, and no matrix or structure",
+            "%s: found values that tags cannot represent: %s%s; expected the configured type, no matrix or structure",
             self._where, ", ".join(named[:5]), f" and {len(named) - 5} more" if len(named) > 5 else "",
         )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Bounds what a server may send: asyncua's protocol, with each chunk's header checked before its bytes are kept.
 
-asyncua 2.1 waits for as many bytes as a header announces, whatever it is, and copies what it has at each packet; of
-the limits it knows it takes over what the server acknowledges, which may be none.
+asyncua 2.1 waits for as many bytes as a header announces, and copies what it has at each packet. It replaces its own
+limits by those that the server acknowledges, which may be none.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from asyncua.ua.ua_binary import uatcp_to_binary
 from edgegw.drivers.opcua.request import ReadEncoded
 
 MAX_CHUNK_BYTES = 65_536
-"""Of one chunk, headers included: what the Hello tells the server (OPC UA Part 6, 7.1.2.3)."""
+"""Of one chunk, headers included: what the Hello asks for (OPC UA Part 6, 7.1.2.3)."""
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 MIN_CHUNK_BYTES = 8192
 """The least that either side has to accept (7.1.2.3)."""
@@ -62,7 +62,7 @@ class MessageBounds:
 class BoundedProtocol(UASocketProtocol):
     """asyncua's protocol, which gets whole chunks within the bounds, and answers to what was asked.
 
-    Whatever else comes ends the connection, and `violated` is told why.
+    Anything else ends the connection, and `violated` is called with the reason.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class BoundedProtocol(UASocketProtocol):
             super().data_received(chunks)
 
     async def send_hello(self, url: str, max_messagesize: int = 0, max_chunkcount: int = 0) -> ua.Acknowledge:
-        """Say hello with our own bounds (7.1.2.3)."""
+        """Send a Hello with our own bounds (7.1.2.3)."""
         hello = ua.Hello(
             ReceiveBufferSize=ua.UInt32(MAX_CHUNK_BYTES),
             SendBufferSize=ua.UInt32(MAX_CHUNK_BYTES),
@@ -111,7 +111,7 @@ class BoundedProtocol(UASocketProtocol):
         return await asyncio.wait_for(answer, self.timeout)
 
     def _process_received_message(self, msg: Any) -> None:
-        """Of an acknowledgement take only how large the chunks may be that we send."""
+        """Apply of an acknowledgement only how large the chunks may be that we send."""
         if isinstance(msg, ua.Acknowledge):
             if msg.ReceiveBufferSize < MIN_CHUNK_BYTES:
                 what = f"found a server that accepts chunks of {msg.ReceiveBufferSize} bytes"
@@ -152,7 +152,7 @@ class BoundedProtocol(UASocketProtocol):
 
 
 def bound(client: UaClient, timeout_s: float, violated: Callable[[ValueError], None]) -> None:
-    """Have a client use the bounded protocol; `violated` is told why it ended a connection."""
+    """Have a client use the bounded protocol; `violated` is called with the reason when it ends a connection."""
 
     def make_protocol() -> BoundedProtocol:
         protocol = BoundedProtocol(timeout_s, client.security_policy, violated)

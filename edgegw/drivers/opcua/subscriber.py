@@ -25,7 +25,7 @@ MAX_SUBSCRIPTIONS = 100
 """Of one connection; what these have no room for is polled."""
 
 _NO_ROOM = frozenset({StatusCodes.BadTooManyMonitoredItems, StatusCodes.BadTooManySubscriptions})
-"""Status codes that say that there are too many already."""
+"""Status codes of a server that has reached a limit."""
 _T = TypeVar("_T")
 
 Ask = Callable[[object], Awaitable[bytes]]
