@@ -17,9 +17,9 @@ from test_bundle import packed
 from test_receiver_sinks import Open, open_sink, postgres  # noqa: F401  the fixtures
 
 from edgegw.receiver import admission
-from edgegw.receiver.announce import MAX_LINE, printable
 from edgegw.receiver.intake import Intake
 from edgegw.receiver.ndjson import NdjsonSink
+from edgegw.runtime.text import MAX_LINE, printable
 
 ONCE = ("--once", "--idle", "700ms", "--json")
 DATA, EVENT = "edgegw/site-7/data", "edgegw/site-7/event"

@@ -5,6 +5,7 @@ import http.client
 import json
 import signal
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from control_field import event, stop
 from field import field, frame
 from gateway_rig import TAGS, config, device, gateway, until
-from rig import free_port, mosquitto
+from rig import Process, free_port, mosquitto
 from test_cli_commands import arun, written
 
 
@@ -272,3 +273,17 @@ async def test_ranges_beyond_all_bounds_are_refused_on_the_socket(tmp_path: Path
             writer.close()
             await stop(run)
             assert not [line for line in run.lines if "Traceback" in line]
+
+
+def test_a_message_is_one_line_of_the_log_whatever_came_into_it_from_outside() -> None:
+    program = (
+        "import logging\nfrom edgegw.cli.log import DAEMON, log_to_stderr\nlog_to_stderr('INFO', DAEMON)\n"
+        "logging.error('%s', 'x' + chr(10) + '2026-11-24 00:00:00,000 ERROR FORGED' + chr(27) + '[2J')\n"
+        "try:\n    1 / 0\nexcept ZeroDivisionError:\n    logging.exception('crashed')\n"
+    )
+    with Process(sys.executable, "-c", program) as process:
+        assert process.end()[0] == 0
+        lines = process.lines
+    assert lines[0].endswith(r"ERROR x\n2026-11-24 00:00:00,000 ERROR FORGED\x1b[2J")
+    assert lines[1].endswith("ERROR crashed")
+    assert lines[2] == "Traceback (most recent call last):", "a traceback keeps its lines"

@@ -3,18 +3,20 @@
 import logging
 import sys
 
-from edgegw.receiver.announce import printable
+from edgegw.runtime.text import printable
+
+DAEMON = "%(asctime)s %(levelname)s %(message)s"
 
 
 class _Lines(logging.Formatter):
-    """One record is one line, whatever has come into it from outside."""
+    """One message is one line, whatever has come into it from outside; a traceback stands below it."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 the library's name
+        return printable(super().formatMessage(record))
 
 
-def log_to_stderr() -> None:
-    """Log from INFO on to standard error, the message alone."""
+def log_to_stderr(level: int | str = logging.INFO, layout: str = "%(message)s") -> None:
+    """Log from a level on to standard error, by default the message alone."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Lines("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    handler.setFormatter(_Lines(layout))
+    logging.basicConfig(level=level, handlers=[handler])

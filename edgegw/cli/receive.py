@@ -19,7 +19,6 @@ from edgegw.cli.options import json_option, print_json
 from edgegw.config.units import Duration, Size
 from edgegw.errors import ConfigError
 from edgegw.receiver import target
-from edgegw.receiver.announce import printable
 from edgegw.receiver.corrector import Correctable, Corrector
 from edgegw.receiver.intake import Intake
 from edgegw.receiver.receipts import Receipts
@@ -29,6 +28,7 @@ from edgegw.receiver.senders import DEFAULT_TEMPLATE, check_rebind, check_templa
 from edgegw.receiver.sink import Sink, SinkError
 from edgegw.receiver.wire import MAX_MESSAGE
 from edgegw.runtime.stop import Stop
+from edgegw.runtime.text import printable
 
 if TYPE_CHECKING:
     from edgegw.receiver.subscriber import Broker, Protocol

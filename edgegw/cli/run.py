@@ -34,15 +34,14 @@ def command(config_path: Path | None, log_level: str) -> None:
     """
     import uvloop
 
+    from edgegw.cli.log import DAEMON, log_to_stderr
     from edgegw.config.load import find, journal_path
     from edgegw.config.surroundings import journal_obstacle, secret_advice
     from edgegw.control.build import load_with_rules
     from edgegw.errors import ConfigError
     from edgegw.gateway import Gateway
 
-    logging.basicConfig(
-        stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
-    )
+    log_to_stderr(log_level.upper(), DAEMON)
     path = find(config_path)
     config, plant = load_with_rules(path)
     if (obstacle := journal_obstacle(journal_path(config, path))) is not None:

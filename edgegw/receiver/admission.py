@@ -5,9 +5,10 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 
 from edgegw.clock import wall_ms
-from edgegw.receiver.announce import Throttle, printable
+from edgegw.receiver.announce import Throttle
 from edgegw.receiver.apart import Apart, Rejected
 from edgegw.receiver.senders import Admission, Senders
+from edgegw.runtime.text import printable
 
 MAX_REJECTED = 10_000
 MAX_REJECTED_BYTES = 64 * 1024**2

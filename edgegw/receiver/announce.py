@@ -2,17 +2,10 @@
 
 from edgegw.clock import mono_s
 
-MAX_LINE = 1000
 EVERY_S = 30.0
 """The least time between two lines about the same kind of trouble."""
 SETTLE_S = 2.0
 """How long a hole must last to be worth a line: live and backfilled batches overtake each other."""
-
-
-def printable(text: str) -> str:
-    """Return a text as one line without control characters: what came from outside may hold anything."""
-    text = text if len(text) <= MAX_LINE else f"{text[:MAX_LINE]}..."
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class Throttle:

@@ -17,11 +17,12 @@ from tenacity.wait import wait_random_exponential
 from edgegw.clock import mono_s
 from edgegw.errors import EdgegwError, UplinkError
 from edgegw.receiver.admission import digest
-from edgegw.receiver.announce import Outage, printable
+from edgegw.receiver.announce import Outage
 from edgegw.receiver.intake import Intake
 from edgegw.receiver.sink import SinkError, SinkUnusable
 from edgegw.receiver.subscriber import Broker, Connection, Protocol, ProtocolError
 from edgegw.runtime.stop import Stop
+from edgegw.runtime.text import printable
 
 MOST_MESSAGES = 200
 MOST_BYTES = 16 * 1024**2

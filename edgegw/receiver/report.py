@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 from edgegw.domain.batch import ChainReport, Gap, Link, verify
 from edgegw.domain.ranges import Ranges
-from edgegw.receiver.announce import printable, spell
+from edgegw.receiver.announce import spell
 from edgegw.receiver.apart import Rejected
 from edgegw.receiver.dedupe import Key, NamedGap
 from edgegw.receiver.sink import Figures
+from edgegw.runtime.text import printable
 
 MAX_REASONS = 20
 """How many topics and reasons of rejected messages a report names."""

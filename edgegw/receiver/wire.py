@@ -10,8 +10,8 @@ import zstandard
 from edgegw.domain.batch import Kind, Link, Message, decode, digest
 from edgegw.domain.tag import Scalar, Value
 from edgegw.errors import EdgegwError
-from edgegw.receiver.announce import printable
 from edgegw.receiver.dedupe import Key, NamedGap, Outline
+from edgegw.runtime.text import printable
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 MAX_MESSAGE = 16 * 1024**2

@@ -16,11 +16,11 @@ from edgegw.journal.receipt import Held, Receipt
 from edgegw.journal.signature import KeyFileError
 from edgegw.journal.signature import public_key as read_public_key
 from edgegw.receiver import target
-from edgegw.receiver.announce import printable
 from edgegw.receiver.dedupe import Stream, Verdict
 from edgegw.receiver.intake import Intake
 from edgegw.receiver.sink import Sink
 from edgegw.receiver.wire import Batch, read
+from edgegw.runtime.text import printable
 from edgegw.runtime.whole import whole
 
 COMMIT_BYTES = 16 * 1024**2
