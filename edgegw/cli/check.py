@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from edgegw.config.schema import Config
 
 DEVICE_S = 10.0
+BROKER_S = 10.0
 
 
 @click.command("check")
@@ -25,9 +26,10 @@ def command(config_path: Path | None, connect: bool, as_json: bool) -> None:
     """
     from edgegw.control.advice import advice
     from edgegw.control.build import build
+    from edgegw.uplink import advice as uplink
 
     config, path = load_config(config_path)
-    notes = advice(config, build(config)[0])
+    notes = [*advice(config, build(config)[0]), *uplink.advice(config)]
     tags = sum(len(device.tags) for device in config.device.values())
     found: dict[str, str | None] = {}
     if connect:
@@ -80,12 +82,27 @@ async def _device(config: "Config", name: str) -> str | None:
 
 async def _broker(config: "Config", path: Path, url: str) -> str | None:
     from edgegw.errors import UplinkError
-    from edgegw.uplink import mqtt
-    from edgegw.uplink.uplink import login, protocol
+    from edgegw.uplink.endings import subscription_refused
+    from edgegw.uplink.login import check_id, login
+    from edgegw.uplink.negotiation import connect, protocol
 
     try:
-        connection = await mqtt.connect(url, protocol(config), login(config, path, "-check"))
+        presented = login(config, path, check_id(config.gateway.id))
+        connection = await connect(url, protocol(config), presented)
     except UplinkError as error:
         return str(error)
-    connection.close()
+    try:
+        for topic in (f"{config.topic}/cmd", f"{config.topic}/ack"):
+            async with asyncio.timeout(BROKER_S):
+                reason = await connection.subscribe(topic, lambda _: None)
+            if reason is not None:
+                return f"uplink {url}: {subscription_refused(topic, reason)}"
+    except TimeoutError:
+        return f"uplink {url}: no answer to a subscription in {BROKER_S:.0f} s"
+    except asyncio.CancelledError:
+        if not connection.lost.done():
+            raise
+        return f"uplink {url}: {connection.lost.result()}"
+    finally:
+        connection.close()
     return None
