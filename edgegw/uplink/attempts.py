@@ -7,12 +7,9 @@ STABLE_S = 5.0
 MAX_PAUSE_S = 30.0
 FLAPPING = 2
 """Connections in a row that did not last, from which on the link counts as down until one has."""
-DISPUTE_PAUSE_S = 5.0
-MAX_DISPUTE_PAUSE_S = 60.0
 DISPUTED_S = 60.0
 """A connection that ends without a reason within that may have been taken over by another client of our id."""
-UNDISPUTED_S = 600.0
-"""How long a connection must last for takeovers before it to be forgotten."""
+DISPUTE_PAUSE_S = 5.0
 SUSPICIOUS = 3
 """Such ends in a row that make it likely."""
 
@@ -33,10 +30,9 @@ class Attempts:
         `taken_over`: the broker said so. `sudden`: it closed the connection without a reason.
         """
         self._short = 0 if lasted_s >= STABLE_S else self._short + 1
-        if lasted_s >= UNDISPUTED_S:
-            self._takeovers = 0
-        self._sudden = self._sudden + 1 if sudden and lasted_s < DISPUTED_S else 0
-        self._takeovers += taken_over or self._sudden >= SUSPICIOUS
+        disputed = lasted_s < DISPUTED_S
+        self._takeovers = (self._takeovers if disputed else 0) + taken_over
+        self._sudden = self._sudden + 1 if sudden and disputed else 0
         return self._sudden == SUSPICIOUS
 
     def failed(self) -> None:
@@ -48,8 +44,8 @@ class Attempts:
         pause_s = self._uniform(0.0, self._jitter_s)
         if self._short >= FLAPPING:
             pause_s += min(MAX_PAUSE_S, 2.0 ** min(self._short - 1, 10)) * self._uniform(0.5, 1.0)
-        if self._takeovers:
-            longest_s = min(MAX_DISPUTE_PAUSE_S, DISPUTE_PAUSE_S * 2.0 ** min(self._takeovers - 1, 10))
+        if (disputes := max(self._takeovers, self._sudden - SUSPICIOUS + 1)) > 0:
+            longest_s = min(MAX_PAUSE_S, DISPUTE_PAUSE_S * 2.0 ** min(disputes - 1, 10))
             pause_s = max(pause_s, longest_s * self._uniform(0.5, 1.0))
         return pause_s
 
