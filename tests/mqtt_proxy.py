@@ -82,6 +82,16 @@ async def read_packet(reader: asyncio.StreamReader) -> bytes:
             return head + await reader.readexactly(length)
 
 
+def make_packet(first: int, body: bytes) -> bytes:
+    """Return an MQTT packet that begins with this byte."""
+    length, rest = b"", len(body)
+    while True:
+        rest, byte = rest >> 7, rest & 0x7F
+        length += bytes((byte | (0x80 if rest else 0),))
+        if not rest:
+            return bytes((first,)) + length + body
+
+
 def message_id(publish: bytes) -> bytes:
     """Return the message id of a PUBLISH with QoS 1."""
     start = next(at for at in range(1, 5) if not publish[at] & 0x80) + 1

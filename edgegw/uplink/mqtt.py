@@ -63,10 +63,8 @@ class Connection:
         self.url = url
         self.protocol = protocol
         self.client_id = login.client_id
-        self.taken_over = False
-        """Whether the broker said that another client has connected with this client id (MQTT 5)."""
-        self.sudden = False
-        """Whether the connection was closed without a reason."""
+        self.taken_over = False  # by another client with this client id, as the broker said (MQTT 5)
+        self.sudden = False  # whether it was closed without a reason
         self.receive_maximum = 65535
         self.maximum_packet_size: int | None = None
         self.acknowledged: Callable[[int, Ack], None] = lambda mid, ack: None
@@ -97,7 +95,6 @@ class Connection:
         if login.username:
             client.username_pw_set(login.username, login.password or None)
         client.on_connect = self._on_connect
-        client.on_connect_fail = None
         client.on_disconnect = self._on_disconnect
         client.on_publish = self._on_publish
         client.on_message = self._on_message
@@ -106,6 +103,11 @@ class Connection:
         client.on_socket_close = self._on_socket_close
         client.on_socket_register_write = self._on_want_write
         client.on_socket_unregister_write = self._on_want_no_write
+
+    @property
+    def unsent(self) -> int:
+        """Packets that wait to be written."""
+        return len(self._client._out_packet)
 
     async def open(self, patience_s: float = CONNECT_S) -> None:
         """Connect and wait for the broker's word; raise UplinkError, of it Silent or ProtocolRefused."""
@@ -303,7 +305,7 @@ class Connection:
             self.end(f"the broker sent a message of more than {MAX_INCOMING_BYTES} bytes")
         elif self._client._in_messages:
             self.end("the broker sent a message of QoS 2, to a subscription of QoS 1")
-        elif len(self._client._out_packet) > MAX_QUEUED_PACKETS:
+        elif self.unsent > MAX_QUEUED_PACKETS:
             self.end("the broker asks for answers and does not read them")
         elif result not in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_AGAIN):
             self._client._loop_rc_handle(result)

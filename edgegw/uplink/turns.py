@@ -6,14 +6,15 @@ from typing import Any
 
 from edgegw import clock
 
-PACKETS = 64
-"""Packets read in one turn."""
+TURN_S = 0.002
+"""How long a turn may hold the event loop, but for the packet that it ends with."""
 
 
 class Turns:
-    """Calls `read` while the socket has something, PACKETS times a turn, and then rests as long as the turn took.
+    """Calls `read` while the socket has something, for TURN_S, and then rests as long as the turn took.
 
-    So reading takes half of the time at most. `read` handles one packet and returns whether there may be more.
+    So reading takes half of the time at most, whatever a packet costs. `read` handles one packet and returns whether
+    there may be more.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, read: Callable[[], bool]) -> None:
@@ -38,7 +39,7 @@ class Turns:
 
     def _turn(self) -> None:
         began_s = clock.mono_s()
-        for _ in range(PACKETS):
+        while clock.mono_s() - began_s < TURN_S:
             if not self._read():
                 return
         if self._sock is not None:
