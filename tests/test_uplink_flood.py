@@ -294,7 +294,7 @@ async def test_p4_p6_p7_a_flood_of_commands_disturbs_neither_scans_nor_batches_n
     tmp_path: Path, meter: Field
 ) -> None:
     port = free_port()
-    made = config(port, {"m": device(meter.port, every="50ms", timeout="5s")})
+    made = config(port, {"m": device(meter.port, every="10ms", timeout="5s")})
     lines = tmp_path / "lines"
     lines.write_text("".join(f'{{"id":"f{n}","write":{{"m.none":1.0}}}}\n' for n in range(FLOOD)))
     publisher = shutil.which("mosquitto_pub")
