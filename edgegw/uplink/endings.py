@@ -10,14 +10,16 @@ class ProtocolRefused(UplinkError):
     """The broker does not speak this version of MQTT."""
 
 
-class Silent(UplinkError):
-    """The port is open, and no answer to the CONNECT came: that shows nothing about the version."""
+class Unanswered(UplinkError):
+    """The CONNECT got no answer: the broker was silent or hung up, which shows nothing about the version by itself."""
 
-    def __init__(self, url: str, silence_s: float) -> None:
-        super().__init__(
-            f"uplink {url}: no answer to CONNECT in {silence_s:.0f} s; the port is open: "
-            "is the broker frozen, or is this no MQTT broker?"
-        )
+
+def silent(url: str, silence_s: float) -> Unanswered:
+    """Return what it means that the port is open and nothing came."""
+    return Unanswered(
+        f"uplink {url}: no answer to CONNECT in {silence_s:.0f} s; the port is open: "
+        "is the broker frozen, or is this no MQTT broker?"
+    )
 
 
 def refusal(url: str, why: str | None, *, v5: bool, first_byte: int | None) -> UplinkError:
@@ -27,8 +29,7 @@ def refusal(url: str, why: str | None, *, v5: bool, first_byte: int | None) -> U
         return UplinkError(f"uplink {url}: this port expects TLS; use mqtts://")
     if why is None:
         hint = "; if the port expects TLS, use mqtts://" if plain else ""
-        why = f"the broker closed the connection in answer to CONNECT{hint}"
-    # an old broker hangs up on the unknown version without a word (MQTT 3.1.1, 3.1.2.2)
+        return Unanswered(f"uplink {url}: the broker closed the connection in answer to CONNECT{hint}")
     kind = ProtocolRefused if v5 else UplinkError
     return kind(f"uplink {url}: {why}")
 

@@ -19,7 +19,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from edgegw import clock
 from edgegw.errors import UplinkError
 from edgegw.uplink import tls
-from edgegw.uplink.endings import ProtocolRefused, Silent, refusal
+from edgegw.uplink.endings import ProtocolRefused, refusal, silent
 from edgegw.uplink.login import Login
 from edgegw.uplink.messages import Ack, Incoming, Will
 from edgegw.uplink.turns import Turns
@@ -110,7 +110,7 @@ class Connection:
         return len(self._client._out_packet)
 
     async def open(self, patience_s: float = CONNECT_S) -> None:
-        """Connect and wait for the broker's word; raise UplinkError, of it Silent or ProtocolRefused."""
+        """Connect and wait for the broker's word; raise UplinkError, of it Unanswered or ProtocolRefused."""
         try:
             async with asyncio.timeout(CONNECT_S):
                 await asyncio.to_thread(self._dial)
@@ -123,7 +123,7 @@ class Connection:
             async with asyncio.timeout(patience_s):
                 await self._opened
         except TimeoutError:
-            raise Silent(self.url, patience_s) from None
+            raise silent(self.url, patience_s) from None
 
     def _dial(self) -> None:
         """Connect, on a thread: names are resolved, files read and keys exchanged."""

@@ -3,7 +3,7 @@
 import logging
 
 from edgegw.config.schema import Config
-from edgegw.uplink.endings import ProtocolRefused, Silent
+from edgegw.uplink.endings import ProtocolRefused, Unanswered
 from edgegw.uplink.login import Login
 from edgegw.uplink.messages import Will
 from edgegw.uplink.mqtt import Connection
@@ -12,8 +12,6 @@ log = logging.getLogger(__name__)
 
 VERSION_S = 4.0
 """How long a broker may keep silent to a CONNECT of MQTT 5 before 3.1.1 is tried: some old ones just do."""
-OLDER_S = 6.0
-"""How long it may keep silent to the CONNECT of 3.1.1 after that."""
 
 
 def protocol(config: Config) -> str:
@@ -24,8 +22,8 @@ def protocol(config: Config) -> str:
 async def connect(url: str, protocol: str, login: Login, will: Will | None = None) -> Connection:
     """Connect to one broker; `auto` tries MQTT 5, then 3.1.1. Raise UplinkError.
 
-    A refusal shows that the broker does not speak MQTT 5. Silence does not: it may be frozen. So a broker that is
-    silent to MQTT 5 and answers 3.1.1 is asked once more for MQTT 5.
+    A refusal shows that the broker does not speak MQTT 5. Silence or a hang-up does not: it may be frozen, or starting.
+    Only if it takes 3.1.1, and after that still does not answer MQTT 5, it speaks 3.1.1 alone.
     """
     if protocol != "auto":
         return await _open(Connection(url, protocol, login, will))
@@ -33,15 +31,11 @@ async def connect(url: str, protocol: str, login: Login, will: Will | None = Non
         return await _open(Connection(url, "5", login, will), VERSION_S)
     except ProtocolRefused:
         pass
-    except Silent:
-        try:
-            probe = await _open(Connection(url, "3.1.1", login, None), OLDER_S)
-        except Silent:
-            raise Silent(url, VERSION_S + OLDER_S) from None
-        probe.close()
+    except Unanswered:
+        (await _open(Connection(url, "3.1.1", login, None))).close()
         try:
             return await _open(Connection(url, "5", login, will), VERSION_S)
-        except (ProtocolRefused, Silent):
+        except (ProtocolRefused, Unanswered):
             pass
     log.info("uplink %s: does not speak MQTT 5; trying 3.1.1", url)
     return await _open(Connection(url, "3.1.1", login, will))

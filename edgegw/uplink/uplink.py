@@ -21,7 +21,7 @@ from edgegw.uplink.advice import in_clear
 from edgegw.uplink.attempts import STABLE_S, Attempts
 from edgegw.uplink.commands import Commands, Obey
 from edgegw.uplink.drain import Drain
-from edgegw.uplink.endings import ProtocolRefused, subscription_refused
+from edgegw.uplink.endings import ProtocolRefused, Unanswered, subscription_refused
 from edgegw.uplink.link import Link, advance
 from edgegw.uplink.login import client_id, login
 from edgegw.uplink.messages import Ack, Incoming, Will
@@ -134,7 +134,7 @@ class UplinkService:
                 presented = login(self._config, self._config_path, client_id(self._config.gateway.id))
                 connection = await connect(url, spoken, presented, will)
             except UplinkError as error:
-                if isinstance(error, ProtocolRefused):
+                if isinstance(error, ProtocolRefused | Unanswered):
                     self._spoken.pop(url, None)
                 failures.append(f"{error}{self._hint(error)}")
             else:
@@ -144,8 +144,12 @@ class UplinkService:
 
     def _hint(self, error: UplinkError) -> str:
         """Return what to add to a failure for the operator."""
-        if isinstance(error, ProtocolRefused) and self._config.uplink.acknowledge == "subscriber":
+        if self._config.uplink.acknowledge != "subscriber":
+            return ""
+        if isinstance(error, ProtocolRefused):
             return '; acknowledge = "subscriber" needs MQTT 5, which this broker does not speak: use "auto"'
+        if isinstance(error, Unanswered):
+            return '; acknowledge = "subscriber" needs MQTT 5: does this broker speak it?'
         return ""
 
     def _failed(self, state: RetryCallState) -> None:
