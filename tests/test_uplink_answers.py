@@ -114,6 +114,25 @@ async def test_a_frozen_broker_is_said_to_be_silent_and_is_asked_for_mqtt_5_when
             await stop(run)
 
 
+async def test_check_says_that_the_broker_hung_up_on_a_subscription(tmp_path: Path) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, OSError):
+            await read_packet(reader)
+            writer.write(ACCEPT[V5])
+            await read_packet(reader)
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        made = config(server.sockets[0].getsockname()[1], {"m": device(free_port())})
+        (tmp_path / "config.toml").write_text(toml(made))
+        check = ("check", "--connect", "--json", "-c", str(tmp_path / "config.toml"))
+        with Process(sys.executable, "-m", "edgegw", *check) as checking:
+            code, out = await asyncio.to_thread(checking.end)
+    url = made["uplink"]["url"]
+    assert code == 1
+    assert json.loads(out)["tried"][f"uplink {url}"] == f"uplink {url}: connection lost"
+
+
 def dynamic_security() -> Path:
     """Return mosquitto's plugin that refuses subscriptions; its access lists grant all, and deliver nothing."""
     return next(Path("/usr/lib").rglob("mosquitto_dynamic_security.so"))

@@ -20,7 +20,8 @@ from mqtt_proxy import PUBACK, PUBLISH, make_packet, message_id, read_packet
 from rig import Process, free_port, mosquitto, needs_mosquitto
 
 from edgegw.domain.command import Reply
-from edgegw.uplink import commands
+from edgegw.uplink import commands, outbox
+from edgegw.uplink.bounded_reader import TURN_S, BoundedReader
 from edgegw.uplink.commands import (
     BURST,
     CALM_S,
@@ -33,9 +34,9 @@ from edgegw.uplink.commands import (
     Flood,
 )
 from edgegw.uplink.login import Login
+from edgegw.uplink.messages import Ack
 from edgegw.uplink.mqtt import RECEIVE_MAXIMUM, Connection
 from edgegw.uplink.outbox import Outbox
-from edgegw.uplink.turns import TURN_S, Turns
 
 BASE = "edgegw/site-7"
 
@@ -92,7 +93,7 @@ async def test_a_full_socket_leaves_the_event_loop_free_for_as_long_as_it_holds_
         return True
 
     count()
-    reader = Turns(loop, read)
+    reader = BoundedReader(loop, read)
     reader.start(ours)
     await until(lambda: sum(map(len, reads.values())) == sent, "everything to be read")
     reader.stop()
@@ -121,7 +122,7 @@ async def test_reading_that_is_stopped_does_not_go_on(lasts: float) -> None:
         reader.stop()
         return bool(lasts)
 
-    reader = Turns(asyncio.get_running_loop(), read)
+    reader = BoundedReader(asyncio.get_running_loop(), read)
     reader.start(ours)
     await until(lambda: reads, "reading")
     ended = asyncio.Event()
@@ -183,6 +184,8 @@ class Plant:
     def __init__(self) -> None:
         self.begun: list[bytes] = []
         self.go = asyncio.Event()
+        self.outbox: Outbox
+        self.commands: Commands
 
     async def obey(self, payload: bytes, retained: bool) -> Reply:
         self.begun.append(payload)
@@ -198,15 +201,15 @@ async def connected() -> AsyncIterator[tuple[Broker, Plant, Connection]]:
         broker.port = server.sockets[0].getsockname()[1]
         connection = Connection(f"mqtt://127.0.0.1:{broker.port}", "5", Login("edgegw-site-7"), None)
         await connection.open()
-        outbox = Outbox(connection)
-        queue = Commands(BASE, "", plant.obey)
+        replies = plant.outbox = Outbox(connection)
+        queue = plant.commands = Commands(BASE, "", plant.obey)
 
-        def acknowledged(mid: int, ack: object) -> None:
-            outbox.acknowledge(mid, ack)  # type: ignore[arg-type]
+        def acknowledged(mid: int, ack: Ack) -> None:
+            replies.acknowledge(mid, ack)
             queue.proceed()
 
         connection.acknowledged = acknowledged
-        queue.begin(connection, outbox)
+        queue.begin(connection, replies)
         assert await connection.subscribe(f"{BASE}/cmd", queue.arrived) is None
         yield broker, plant, connection
         queue.end()
@@ -267,6 +270,26 @@ async def test_p4_answers_that_are_not_acknowledged_hold_back_further_commands()
             await read.wait()
         assert len(plant.begun) < commands.UNANSWERED + UNDER_WAY
         assert not broker.of(PUBACK)
+
+
+async def test_commands_go_on_when_the_outbox_has_given_up_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox, "RESEND_S", 0.0)
+    async with connected() as (broker, plant, connection):
+        broker.acknowledges = False
+        plant.go.set()
+        read = asyncio.Event()
+        connection.subscribe(f"{BASE}/end", lambda _: read.set())
+        for number in range(commands.UNANSWERED + UNDER_WAY + 8):
+            broker.publish(None, b"%d" % number)
+        broker.publish(None, b"", "end")
+        async with asyncio.timeout(20.0):
+            await read.wait()
+        begun = len(plant.begun)
+        for _ in range(outbox.MAX_TRIES):
+            plant.outbox.resend()
+        assert len(plant.begun) == begun
+        plant.commands.check_deadlines()
+        await until(lambda: len(plant.begun) == commands.UNANSWERED + UNDER_WAY + 8, "the others")
 
 
 async def test_p4_a_broker_that_ignores_the_receive_maximum_loses_the_connection() -> None:

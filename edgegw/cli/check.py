@@ -82,7 +82,7 @@ async def _device(config: "Config", name: str) -> str | None:
 
 async def _broker(config: "Config", path: Path, url: str) -> str | None:
     from edgegw.errors import UplinkError
-    from edgegw.uplink.endings import subscription_refused
+    from edgegw.uplink.connect_errors import subscription_refused
     from edgegw.uplink.login import check_id, login
     from edgegw.uplink.negotiation import connect, protocol
 

@@ -9,10 +9,10 @@ from edgegw.config.schema import Config, Uplink
 
 def advice(config: Config) -> list[str]:
     """Return a line for each oddity, each with its place."""
-    return [*in_clear(config.uplink), *_dots(config)]
+    return [*cleartext(config.uplink), *_dots(config)]
 
 
-def in_clear(uplink: Uplink) -> Iterator[str]:
+def cleartext(uplink: Uplink) -> Iterator[str]:
     """Say what goes over the network unencrypted that should not."""
     plain = [url for url in uplink.url if url.startswith("mqtt://") and not _loopback(url)]
     if plain and uplink.password_file:

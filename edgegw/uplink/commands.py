@@ -1,9 +1,8 @@
-"""Commands from the broker: a bounded number is under way at once, and a bounded rate begins.
+"""Commands from the broker: bounded concurrency and rate, backpressure for QoS 1, and a count of what is discarded.
 
-What comes faster waits. An MQTT 5 broker sends no more than the Receive Maximum before the first is acknowledged,
-which happens when it is answered: so commands of QoS 1 wait at the broker, and none is lost. Nothing holds back
-those of QoS 0; what does not fit is discarded and counted. The connection itself is never left unread for long:
-behind a flood there are the acknowledgements of batches.
+A QoS 1 command is acknowledged when it is answered, and an MQTT 5 broker sends no more than the Receive Maximum before
+that: the rest waits at the broker, and none is lost. QoS 0 has no backpressure; commands beyond the queue are
+discarded and counted. Reading never stops for long, since the acknowledgements of batches arrive behind the commands.
 """
 
 import asyncio
@@ -23,17 +22,17 @@ from edgegw.uplink.reply_topics import reply_topics
 log = logging.getLogger(__name__)
 
 UNDER_WAY = 16
-"""Commands that may be under way at once."""
+"""Commands in progress at once."""
 UNANSWERED = 32
-"""Messages of the outbox that may be unacknowledged for a further command to begin."""
+"""Unacknowledged messages in the outbox from which on no command begins."""
 RATE = 100.0
-"""Commands that begin in a second, in the long run."""
+"""Commands a second, on average."""
 BURST = 64.0
-"""Commands that may begin at once after a while without any."""
+"""Commands that may begin at once after a pause."""
 WAITING = 64
-"""Commands of QoS 0 that may wait."""
+"""QoS 0 commands that may be queued."""
 WAITING_BYTES = 4 * 1024**2
-"""Waiting commands, in bytes: more than any Receive Maximum's worth that is held to."""
+"""Payloads that may be queued: more than a broker sends that keeps to the Receive Maximum."""
 CALM_S = 10.0
 """How long after the last discarded command a flood is over."""
 
@@ -49,7 +48,7 @@ class Budget:
         self._tokens, self._at_s = burst, now_s
 
     def spend(self, now_s: float) -> bool:
-        """Take one token; False if there is none."""
+        """Consume one token; False if there is none."""
         self._tokens = min(self._burst, self._tokens + (now_s - self._at_s) * self._rate)
         self._at_s = now_s
         if self._tokens < 1.0:
@@ -83,7 +82,7 @@ class Flood:
 
 
 class Commands:
-    """Has commands obeyed and answered, over one connection after the other."""
+    """Executes and answers commands, over one connection after the other."""
 
     def __init__(self, base: str, reply_prefix: str, obey: Obey) -> None:
         self._base = base
@@ -103,13 +102,13 @@ class Commands:
         self._connection, self._outbox = connection, outbox
 
     def end(self) -> None:
-        """Forget what waits: the connection is gone. What is under way goes on, without an answer."""
+        """Clear the queue: the connection is gone. Commands in progress continue, without an answer."""
         self._connection = self._outbox = None
         self._waiting.clear()
         self._waiting_bytes = 0
 
     def arrived(self, incoming: Incoming) -> None:
-        """Have a command obeyed, at once or when its turn comes."""
+        """Queue a command, and begin it at once if possible."""
         if self._connection is None:
             return
         if incoming.mid is None and len(self._waiting) >= WAITING:
@@ -125,7 +124,7 @@ class Commands:
         self.proceed()
 
     def proceed(self) -> None:
-        """Begin as many of the waiting commands as may be under way."""
+        """Begin queued commands as far as the limits allow."""
         while (
             self._waiting
             and self._outbox is not None
@@ -164,11 +163,12 @@ class Commands:
     def _discard(self, url: str) -> None:
         if self._flood.discarded(clock.mono_s()):
             log.warning(
-                "uplink %s: commands come faster than they can be answered; those of QoS 0 that find no room are "
+                "uplink %s: commands arrive faster than they can be answered; QoS 0 commands beyond the queue are "
                 "discarded", url,
             )  # fmt: skip
 
     def check_deadlines(self) -> None:
-        """Say when a flood is over, and how many commands it cost."""
+        """Log the end of a flood; begin commands that waited for answers the outbox has given up."""
+        self.proceed()
         if (over := self._flood.over(clock.mono_s())) is not None:
             log.warning("uplink: %d commands of QoS 0 were discarded in %.0f s", *over)

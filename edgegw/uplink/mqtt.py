@@ -19,10 +19,10 @@ from paho.mqtt.reasoncodes import ReasonCode
 from edgegw import clock
 from edgegw.errors import UplinkError
 from edgegw.uplink import tls
-from edgegw.uplink.endings import ProtocolRefused, refusal, silent
+from edgegw.uplink.bounded_reader import BoundedReader
+from edgegw.uplink.connect_errors import ProtocolRefused, refusal, silent
 from edgegw.uplink.login import Login
 from edgegw.uplink.messages import Ack, Incoming, Will
-from edgegw.uplink.turns import Turns
 
 KEEPALIVE_S = 15
 CONNECT_S = 10.0
@@ -74,7 +74,7 @@ class Connection:
         self.lost: asyncio.Future[str] = self._loop.create_future()
         self._opened: asyncio.Future[None] = self._loop.create_future()
         self._housekeeping: asyncio.TimerHandle | None = None
-        self._turns = Turns(self._loop, self._read_packet)
+        self._reader = BoundedReader(self._loop, self._read_packet)
         self._dropped = False
         parts = urlsplit(url)
         self._tls = login if parts.scheme == "mqtts" else None
@@ -288,7 +288,7 @@ class Connection:
         if self._dropped:
             sock.close()
         elif sock.fileno() >= 0:
-            self._turns.start(sock)
+            self._reader.start(sock)
 
     def _read_packet(self) -> bool:
         """Read and handle one packet; end the connection if the broker does what it must not.
@@ -326,7 +326,7 @@ class Connection:
         self._forget(sock)
 
     def _forget(self, sock: Any) -> None:
-        self._turns.stop()
+        self._reader.stop()
         if sock.fileno() >= 0:
             self._loop.remove_writer(sock)
 

@@ -3,7 +3,7 @@
 import logging
 
 from edgegw.config.schema import Config
-from edgegw.uplink.endings import ProtocolRefused, Unanswered
+from edgegw.uplink.connect_errors import ProtocolRefused, Unanswered
 from edgegw.uplink.login import Login
 from edgegw.uplink.messages import Will
 from edgegw.uplink.mqtt import Connection

@@ -17,11 +17,11 @@ from edgegw.errors import JournalError, UplinkError
 from edgegw.journal.journal import Journal
 from edgegw.journal.writer import Committed
 from edgegw.uplink import receipts, replay
-from edgegw.uplink.advice import in_clear
+from edgegw.uplink.advice import cleartext
 from edgegw.uplink.attempts import STABLE_S, Attempts
 from edgegw.uplink.commands import Commands, Obey
+from edgegw.uplink.connect_errors import ProtocolRefused, Unanswered, subscription_refused
 from edgegw.uplink.drain import Drain
-from edgegw.uplink.endings import ProtocolRefused, Unanswered, subscription_refused
 from edgegw.uplink.link import Link, advance
 from edgegw.uplink.login import client_id, login
 from edgegw.uplink.messages import Ack, Incoming, Will
@@ -74,7 +74,7 @@ class UplinkService:
     async def run(self) -> None:
         """Connect and drain until cancelled."""
         await self._journal.opened.wait()
-        for warning in in_clear(self._config.uplink):
+        for warning in cleartext(self._config.uplink):
             log.warning("%s", warning)
         watch = asyncio.create_task(self._watch_island(), name="island watch")
         try:

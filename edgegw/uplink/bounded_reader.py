@@ -1,4 +1,4 @@
-"""Reads a socket in bounded turns: whoever sends more than that waits, and never has the event loop for itself."""
+"""Reads a socket for a bounded time at once, so that a peer that floods it never has the event loop for itself."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,7 +10,7 @@ TURN_S = 0.002
 """How long a turn may hold the event loop, but for the packet that it ends with."""
 
 
-class Turns:
+class BoundedReader:
     """Calls `read` while the socket has something, for TURN_S, and then rests as long as the turn took.
 
     So reading takes half of the time at most, whatever a packet costs. `read` handles one packet and returns whether
