@@ -9,7 +9,8 @@ PUBLISH, PUBACK = 3, 4
 class LossyProxy:
     """Passes packets on, but for those of the kinds in `lose`, which it counts in `lost`.
 
-    A PUBLISH (QoS 1) of more than `discard_above` bytes is acknowledged and goes no farther.
+    A PUBLISH (QoS 1) of more than `discard_above` bytes is acknowledged and goes no farther. With `rewrite`, messages
+    have the second text for the first, of the same length; `rewritten` counts that.
     """
 
     def __init__(self, to_port: int) -> None:
@@ -18,6 +19,8 @@ class LossyProxy:
         self.lose: set[int] = set()
         self.lost = 0
         self.discard_above = 1 << 30
+        self.rewrite: tuple[bytes, bytes] | None = None
+        self.rewritten = 0
         self._to_port = to_port
         self._server: asyncio.Server | None = None
 
@@ -59,6 +62,9 @@ class LossyProxy:
             if packet[0] >> 4 in self.lose:
                 self.lost += 1
                 continue
+            if self.rewrite and packet[0] >> 4 == PUBLISH and self.rewrite[0] in packet:
+                packet = packet.replace(*self.rewrite, 1)
+                self.rewritten += 1
             sink.write(packet)
             await sink.drain()
 
@@ -74,6 +80,16 @@ async def read_packet(reader: asyncio.StreamReader) -> bytes:
         shift += 7
         if not byte[0] & 0x80:
             return head + await reader.readexactly(length)
+
+
+def make_packet(first: int, body: bytes) -> bytes:
+    """Return an MQTT packet that begins with this byte."""
+    length, rest = b"", len(body)
+    while True:
+        rest, byte = rest >> 7, rest & 0x7F
+        length += bytes((byte | (0x80 if rest else 0),))
+        if not rest:
+            return bytes((first,)) + length + body
 
 
 def message_id(publish: bytes) -> bytes:

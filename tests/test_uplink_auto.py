@@ -18,7 +18,7 @@ from mqtt_proxy import PUBACK, LossyProxy
 from rig import MOSQUITTO, Process, free_port, mosquitto, needs_mosquitto, publish, receive
 from test_receipts import covered, ended, status_of
 
-from edgegw.uplink.mqtt import Ack
+from edgegw.uplink.messages import Ack
 from edgegw.uplink.outcome import MAX_PAUSE_S, Outcome, Refusals, judge
 
 ACK = "edgegw/site-7/ack"

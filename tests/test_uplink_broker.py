@@ -170,21 +170,3 @@ async def test_a_small_receive_maximum_is_kept_to(tmp_path: Path, meter: Field) 
             await until(lambda: seen.batches() and union(seen.batches()).covered.prefix() > 500, "the drain")
             assert not run.said("records stay in the journal")
             await stopped(run)
-
-
-@needs_mosquitto
-async def test_two_gateways_of_one_id_do_not_crash(tmp_path: Path, meter: Field) -> None:
-    port = free_port()
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    made = config(port, {"m": device(meter.port)})
-    with mosquitto(tmp_path, port), gateway(tmp_path / "a", made) as a, gateway(tmp_path / "b", made) as b:
-        await until(
-            lambda: a.said("records stay in the journal") and b.said("records stay in the journal"),
-            "takeovers",
-            60.0,
-        )
-        assert not a.said("crashed")
-        assert not b.said("crashed")
-        await stopped(a)
-        await stopped(b)

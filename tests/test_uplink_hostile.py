@@ -1,19 +1,23 @@
 """What comes from a broker that does what it must not, and where answers go."""
 
 import asyncio
+import random
+import socket
 import struct
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
 from control_field import Operator, command, configuration, event, running, site, stop
 from gateway_rig import config, device, gateway, until
+from mqtt_proxy import make_packet, read_packet
 from paho.mqtt import client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 from rig import free_port, mosquitto, needs_mosquitto
 
-from edgegw.uplink.mqtt import MAX_INCOMING_BYTES
+from edgegw.uplink.login import Login
+from edgegw.uplink.mqtt import MAX_INCOMING_BYTES, MAX_QUEUED_PACKETS, Connection
 from edgegw.uplink.reply_topics import OWN_LEVELS, reply_topics
 
 BASE = "edgegw/site-7"
@@ -65,16 +69,6 @@ async def test_a_response_topic_that_is_not_allowed_costs_neither_the_link_nor_t
     assert {topic for topic, _, _ in operator.answers} == {f"{BASE}/reply"}
 
 
-def packet(kind: int, body: bytes) -> bytes:
-    """Return an MQTT packet."""
-    length, rest = b"", len(body)
-    while True:
-        rest, byte = rest >> 7, rest & 0x7F
-        length += bytes((byte | (0x80 if rest else 0),))
-        if not rest:
-            return bytes((kind,)) + length + body
-
-
 class HostileBroker:
     """Speaks enough MQTT 5 to be subscribed at, and then sends something that it must not."""
 
@@ -86,19 +80,11 @@ class HostileBroker:
         self.connections += 1
         try:
             while True:
-                kind = (await reader.readexactly(1))[0]
-                length = shift = 0
-                while True:
-                    byte = (await reader.readexactly(1))[0]
-                    length |= (byte & 0x7F) << shift
-                    shift += 7
-                    if not byte & 0x80:
-                        break
-                body = await reader.readexactly(length)
-                if kind >> 4 == 1:
+                packet = await read_packet(reader)
+                if packet[0] >> 4 == 1:
                     writer.write(b"\x20\x03\x00\x00\x00")
-                elif kind >> 4 == 8:
-                    writer.write(b"\x90\x04" + body[:2] + b"\x00\x01" + self.hostile)
+                elif packet[0] >> 4 == 8:
+                    writer.write(b"\x90\x04" + packet[2:4] + b"\x00\x01" + self.hostile)
         except (asyncio.IncompleteReadError, OSError):
             self.ended += 1
         finally:
@@ -115,8 +101,11 @@ async def hostile_broker(hostile: bytes, port: int) -> AsyncIterator[HostileBrok
 @pytest.mark.parametrize(
     ("hostile", "said"),
     [
-        (packet(0x30, struct.pack(">H", 4) + b"\xff\xfe\xfd\xfc" + b"\x00{}"), "a topic that is not UTF-8"),
-        (packet(0x34, PUBLISHED + b"\x00\x07\x00{}"), "a message of QoS 2"),
+        (
+            make_packet(0x30, struct.pack(">H", 4) + b"\xff\xfe\xfd\xfc" + b"\x00{}"),
+            "a topic that is not UTF-8",
+        ),
+        (make_packet(0x34, PUBLISHED + b"\x00\x07\x00{}"), "a message of QoS 2"),
         (b"\x30\xff\xff\xff\x7f" + PUBLISHED, f"a message of more than {MAX_INCOMING_BYTES} bytes"),
     ],
     ids=["topic", "qos 2", "size"],
@@ -173,3 +162,104 @@ def peak_kib(pid: int) -> int:
     """Return the most memory that a process has had, in KiB."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+
+
+# -- anything at all ---------------------------------------------------------------------------------------
+
+CMD = struct.pack(">H", len(f"{BASE}/cmd")) + f"{BASE}/cmd".encode()
+
+
+def sound(v5: bool) -> list[bytes]:
+    """Return a packet of each kind that a broker sends, and of some that it must not."""
+    none = b"\0" if v5 else b""
+    return [
+        make_packet(0x30, CMD + none + b"{}"),
+        make_packet(0x32, CMD + b"\0\7" + none + b"{}"),
+        make_packet(0x30, CMD + b"\x07\x26\x00\x01a\x00\x01b{}"),
+        make_packet(0x30, CMD + b"\x05\x08\x00\x02ab{}"),
+        make_packet(0x34, CMD + b"\0\7" + none),
+        make_packet(0x40, b"\0\1"),
+        make_packet(0x40, b"\0\1\x10\0"),
+        make_packet(0x50, b"\0\1"),
+        make_packet(0x62, b"\0\1"),
+        make_packet(0x70, b"\0\1"),
+        make_packet(0x90, b"\0\1" + none + b"\1"),
+        make_packet(0xB0, b"\0\1" + none + b"\0"),
+        make_packet(0xD0, b""),
+        make_packet(0xC0, b""),
+        make_packet(0x20, b"\0\0" + none),
+        make_packet(0x20, b"\0\x87\0"),
+        make_packet(0xE0, b""),
+        make_packet(0xE0, b"\x8e\0"),
+        make_packet(0xF0, b"\x18\0"),
+    ]
+
+
+def malformed(chance: random.Random, v5: bool) -> bytes:
+    """Return a packet with bytes changed, left out or put in, or one of random bytes."""
+    if chance.random() < 0.3:
+        return make_packet(
+            chance.randrange(256), chance.randbytes(chance.choice((0, 1, 2, 3, 4, 5, 50, 300)))
+        )
+    made = bytearray(chance.choice(sound(v5)))
+    for _ in range(chance.randrange(1, 4)):
+        at = chance.randrange(len(made))
+        made[at : at + chance.choice((0, 1, 1))] = chance.randbytes(chance.choice((0, 1, 1)))
+        made = made or bytearray(1)
+    return bytes(made)
+
+
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+async def test_p4_whatever_a_broker_sends_the_connection_goes_on_or_ends_in_good_order(version: str) -> None:
+    v5 = version == "5"
+    escaped: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: escaped.append(context))
+    sent = b""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, OSError):
+            await read_packet(reader)
+            writer.write(make_packet(0x20, b"\0\0\0" if v5 else b"\0\0"))
+            await read_packet(reader)
+            writer.write(sent)
+            writer.write_eof()
+            await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        url = f"mqtt://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        for seed in range(300):
+            chance = random.Random(seed)
+            sent = b"".join(malformed(chance, v5) for _ in range(5))
+            connection = Connection(url, version, Login("edgegw-site-7"), None)
+            await connection.open()
+            connection.subscribe(f"{BASE}/cmd", connection.confirm)
+            connection.publish(f"{BASE}/data", b"{}")
+            async with asyncio.timeout(20.0):
+                await connection.lost
+            assert connection.unsent <= 2 + 5
+            connection.drop()
+            assert not escaped, (seed, sent, escaped)
+
+
+async def test_p4_a_broker_that_asks_for_answers_and_reads_none_loses_the_connection() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, OSError, asyncio.CancelledError):
+            await read_packet(reader)
+            writer.write(b"\x20\x03\x00\x00\x00")
+            while True:
+                writer.write(make_packet(0xC0, b"") * 1000)  # pings
+                await writer.drain()
+        writer.close()
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    async with await asyncio.start_server(serve, sock=listener, limit=1024) as server:
+        connection = Connection(f"mqtt://127.0.0.1:{listener.getsockname()[1]}", "5", Login("x"), None)
+        await connection.open()
+        connection._client.socket().setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        async with asyncio.timeout(60.0):
+            assert await connection.lost == "the broker asks for answers and does not read them"
+        assert connection.unsent <= MAX_QUEUED_PACKETS + 1
+        connection.drop()
+        server.close()

@@ -14,6 +14,8 @@ from edgegw.errors import ConfigError, EdgegwError
 if TYPE_CHECKING:
     from edgegw.config.schema import Config
 
+BROKER_S = 10.0
+
 
 @click.command("check")
 @config_option
@@ -28,9 +30,13 @@ def command(config_path: Path | None, connect: bool, as_json: bool) -> None:
     from edgegw.config.surroundings import secret_advice
     from edgegw.control.advice import advice
     from edgegw.control.build import build
+    from edgegw.uplink import advice as uplink
 
     config, path = load_config(config_path)
-    notes = [*advice(config, build(config)[0]), *secret_advice(config, path), *_journal_notes(config, path)]
+    notes = [
+        *advice(config, build(config)[0]), *uplink.advice(config), *secret_advice(config, path),
+        *_journal_notes(config, path),
+    ]  # fmt: skip
     tags = sum(len(device.tags) for device in config.device.values())
     found: dict[str, str | None] = {}
     if connect:
@@ -98,12 +104,27 @@ async def _device(config: "Config", path: Path, name: str) -> str | None:
 
 async def _broker(config: "Config", path: Path, url: str) -> str | None:
     from edgegw.errors import UplinkError
-    from edgegw.uplink import mqtt
-    from edgegw.uplink.uplink import login, protocol
+    from edgegw.uplink.connect_errors import subscription_refused
+    from edgegw.uplink.login import check_id, login
+    from edgegw.uplink.negotiation import connect, protocol
 
     try:
-        connection = await mqtt.connect(url, protocol(config), login(config, path, "-check"))
+        presented = login(config, path, check_id(config.gateway.id))
+        connection = await connect(url, protocol(config), presented)
     except UplinkError as error:
         return str(error)
-    connection.close()
+    try:
+        for topic in (f"{config.topic}/cmd", f"{config.topic}/ack"):
+            async with asyncio.timeout(BROKER_S):
+                reason = await connection.subscribe(topic, lambda _: None)
+            if reason is not None:
+                return f"uplink {url}: {subscription_refused(topic, reason)}"
+    except TimeoutError:
+        return f"uplink {url}: no answer to a subscription in {BROKER_S:.0f} s"
+    except asyncio.CancelledError:
+        if not connection.lost.done():
+            raise
+        return f"uplink {url}: {connection.lost.result()}"
+    finally:
+        connection.close()
     return None

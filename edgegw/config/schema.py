@@ -153,6 +153,12 @@ class Uplink(Model):
             )
         if bool(self.cert_file) != bool(self.key_file):
             raise ValueError("cert_file and key_file come together; found only one of them")
+        files = [key for key in ("ca_file", "cert_file", "key_file") if getattr(self, key)]
+        if files and not any(url.startswith("mqtts://") for url in self.url):
+            raise ValueError(
+                f"{files[0]} is for TLS; found url = {self.url[0]!r}, which is unencrypted; expected mqtts://, or "
+                f"no {' and '.join(files)}"
+            )
         return self
 
 

@@ -19,7 +19,8 @@ from edgegw.journal.journal import Journal
 from edgegw.journal.writer import Committed
 from edgegw.uplink.confirmation import Confirmation
 from edgegw.uplink.feeder import Feeder, Waiting
-from edgegw.uplink.mqtt import Ack, Connection
+from edgegw.uplink.messages import Ack
+from edgegw.uplink.mqtt import Connection
 from edgegw.uplink.outbox import Outbox
 from edgegw.uplink.outcome import Outcome, Refusals, judge
 from edgegw.uplink.pacer import Pacer

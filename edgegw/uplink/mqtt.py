@@ -5,10 +5,9 @@ journal, so paho must not keep or resend anything of its own.
 """
 
 import asyncio
-import logging
 import ssl
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import paho.mqtt.client as paho
@@ -17,79 +16,44 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from edgegw import clock
 from edgegw.errors import UplinkError
-
-log = logging.getLogger(__name__)
+from edgegw.uplink import tls
+from edgegw.uplink.bounded_reader import BoundedReader
+from edgegw.uplink.connect_errors import ProtocolRefused, refusal, silent
+from edgegw.uplink.login import Login
+from edgegw.uplink.messages import Ack, Incoming, Will
 
 KEEPALIVE_S = 15
 CONNECT_S = 10.0
-VERSION_S = 4.0
-"""How long a broker may keep silent to a CONNECT of MQTT 5 before 3.1.1 is tried: some old ones just do."""
 MAX_INCOMING_BYTES = 256 * 1024
 """The largest message accepted from a broker: what a command or an acknowledgement of many ranges takes, and some."""
+RECEIVE_MAXIMUM = 16
+"""QoS 1 messages that an MQTT 5 broker may send before the first of them is acknowledged."""
+MAX_QUEUED_PACKETS = 4096
+"""Packets that may wait to be written: far above any window. Each packet of a broker may ask for one."""
+RECEIVE_BYTES = 64 * 1024
+SESSION_TAKEN_OVER = 0x8E
 _PROTOCOLS = {"5": MQTTProtocolVersion.MQTTv5, "3.1.1": MQTTProtocolVersion.MQTTv311}
 
 
-class Login(NamedTuple):
-    """How to present oneself to a broker."""
+class _Client(paho.Client):
+    """paho's client, with what it keeps to itself: the error that ended a connection."""
 
-    client_id: str
-    username: str = ""
-    password: str = ""
-    ca_file: str = ""
-    cert_file: str = ""
-    key_file: str = ""
+    failure: OSError | None = None
+    first_byte: int | None = None
 
-
-class Will(NamedTuple):
-    """What the broker says for us, retained, when the connection is gone."""
-
-    topic: str
-    payload: bytes
-
-
-class Ack(NamedTuple):
-    """What the broker said to a publish.
-
-    `heard` is False only where MQTT 5 tells that nobody is subscribed.
-    """
-
-    accepted: bool
-    heard: bool
-    reason: str
-
-
-class Incoming(NamedTuple):
-    """A message to the gateway. `answer_to` and `correlation` are MQTT 5's request and response."""
-
-    payload: bytes
-    retained: bool
-    answer_to: str | None
-    correlation: bytes | None
-
-
-class ProtocolRefused(UplinkError):
-    """The broker does not speak this version of MQTT."""
-
-
-async def connect(url: str, protocol: str, login: Login, will: Will | None = None) -> "Connection":
-    """Connect to one broker; `auto` tries MQTT 5, then 3.1.1. Raise UplinkError."""
-    if protocol != "auto":
-        return await _open(Connection(url, protocol, login, will))
-    try:
-        return await _open(Connection(url, "5", login, will))
-    except ProtocolRefused:
-        log.info("uplink %s: does not speak MQTT 5; trying 3.1.1", url)
-        return await _open(Connection(url, "3.1.1", login, will))
-
-
-async def _open(connection: "Connection") -> "Connection":
-    try:
-        await connection.open()
-    except BaseException:
-        connection.drop()
-        raise
-    return connection
+    def _sock_recv(self, bufsize: int) -> bytes:
+        try:
+            data = super()._sock_recv(min(bufsize, RECEIVE_BYTES))
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            self.failure = error
+            raise
+        if self.first_byte is None and data:
+            self.first_byte = data[0]
+        return data
 
 
 class Connection:
@@ -98,25 +62,31 @@ class Connection:
     def __init__(self, url: str, protocol: str, login: Login, will: Will | None) -> None:
         self.url = url
         self.protocol = protocol
+        self.client_id = login.client_id
+        self.taken_over = False  # by another client with this client id, as the broker said (MQTT 5)
+        self.sudden = False  # whether it was closed without a reason
         self.receive_maximum = 65535
         self.maximum_packet_size: int | None = None
         self.acknowledged: Callable[[int, Ack], None] = lambda mid, ack: None
         self._takers: dict[str, Callable[[Incoming], None]] = {}
+        self._subscribing: dict[int, asyncio.Future[str | None]] = {}
         self._loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[str] = self._loop.create_future()
         self._opened: asyncio.Future[None] = self._loop.create_future()
         self._housekeeping: asyncio.TimerHandle | None = None
+        self._reader = BoundedReader(self._loop, self._read_packet)
         self._dropped = False
         parts = urlsplit(url)
-        secure = parts.scheme == "mqtts"
-        self._host, self._port = parts.hostname or "", parts.port or (8883 if secure else 1883)
+        self._tls = login if parts.scheme == "mqtts" else None
+        self._host, self._port = parts.hostname or "", parts.port or (8883 if self._tls else 1883)
         self._v5 = protocol == "5"
-        client = self._client = paho.Client(
+        client = self._client = _Client(
             CallbackAPIVersion.VERSION2,
             client_id=login.client_id,
             protocol=_PROTOCOLS[protocol],
             clean_session=None if self._v5 else True,
             reconnect_on_failure=False,
+            manual_ack=True,
         )
         client.connect_timeout = CONNECT_S
         client.max_inflight_messages_set(0)  # the drain keeps its own window
@@ -124,52 +94,77 @@ class Connection:
             client.will_set(will.topic, will.payload, qos=1, retain=True)
         if login.username:
             client.username_pw_set(login.username, login.password or None)
-        if secure:
-            client.tls_set_context(_tls(login))
         client.on_connect = self._on_connect
-        client.on_connect_fail = None
         client.on_disconnect = self._on_disconnect
         client.on_publish = self._on_publish
         client.on_message = self._on_message
+        client.on_subscribe = self._on_subscribe
         client.on_socket_open = self._on_socket_open
         client.on_socket_close = self._on_socket_close
         client.on_socket_register_write = self._on_want_write
         client.on_socket_unregister_write = self._on_want_no_write
 
-    async def open(self) -> None:
-        """Connect and wait for the broker's word; raise UplinkError."""
+    @property
+    def unsent(self) -> int:
+        """Packets that wait to be written."""
+        return len(self._client._out_packet)
+
+    async def open(self, patience_s: float = CONNECT_S) -> None:
+        """Connect and wait for the broker's word; raise UplinkError, of it Unanswered or ProtocolRefused."""
         try:
             async with asyncio.timeout(CONNECT_S):
-                await asyncio.to_thread(
-                    self._client.connect, self._host, self._port, KEEPALIVE_S, properties=self._requests()
-                )
+                await asyncio.to_thread(self._dial)
         except TimeoutError:
             raise UplinkError(f"uplink {self.url}: no connection in {CONNECT_S:.0f} s") from None
-        except ssl.SSLError as error:
-            raise UplinkError(f"uplink {self.url}: TLS failed: {error.reason or error}".lower()) from None
         except OSError as error:
-            raise UplinkError(f"uplink {self.url}: {(error.strerror or str(error)).lower()}") from None
+            raise UplinkError(f"uplink {self.url}: {self._reason(error)}") from None
         self._keep_house()
-        patience_s = VERSION_S if self._v5 else CONNECT_S
         try:
             async with asyncio.timeout(patience_s):
                 await self._opened
         except TimeoutError:
-            kind = ProtocolRefused if self._v5 else UplinkError
-            raise kind(f"uplink {self.url}: connected, but no answer in {patience_s:.0f} s") from None
+            raise silent(self.url, patience_s) from None
+
+    def _dial(self) -> None:
+        """Connect, on a thread: names are resolved, files read and keys exchanged."""
+        if self._tls is not None:
+            self._client.tls_set_context(tls.context(self._tls))
+        self._client.connect(self._host, self._port, KEEPALIVE_S, properties=self._requests())
+
+    def _reason(self, error: OSError) -> str:
+        """Return why the connection failed or ended."""
+        if self._tls is not None:
+            return tls.explain(error, self._host, clock.wall_ms(), certificate=bool(self._tls.cert_file))
+        return (error.strerror or str(error)).lower()
 
     def _requests(self) -> Properties | None:
-        """Return what is asked of an MQTT 5 broker: to discard what would be too large for us."""
+        """Return what is asked of an MQTT 5 broker: its limits for what it sends."""
         if not self._v5:
             return None
         requests = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         requests.MaximumPacketSize = MAX_INCOMING_BYTES
+        requests.ReceiveMaximum = RECEIVE_MAXIMUM
         return requests
 
-    def subscribe(self, topic: str, take: Callable[[Incoming], None]) -> None:
-        """Have `take` called with each message on a topic, which holds no wildcard."""
-        self._takers[topic] = take
-        self._client.subscribe(topic, qos=1)
+    def subscribe(self, topic: str, take: Callable[[Incoming], None]) -> asyncio.Future[str | None]:
+        """Have `take` called with each message on a topic without wildcards; it confirms each when it is done with it.
+
+        The future gives the reason for which the broker refuses, None if it does not; a connection that ends
+        cancels it.
+        """
+        self._takers[_folded(topic)] = take
+        answer: asyncio.Future[str | None] = self._loop.create_future()
+        _, mid = self._client.subscribe(topic, qos=1)
+        if mid is None or self.lost.done():
+            answer.cancel()
+        else:
+            self._subscribing[mid] = answer
+        return answer
+
+    def confirm(self, incoming: Incoming) -> None:
+        """Acknowledge a message; an MQTT 5 broker sends no more than RECEIVE_MAXIMUM before that."""
+        if incoming.mid is not None:
+            self._client.ack(incoming.mid, 1)
 
     def publish(
         self, topic: str, payload: bytes, *, retain: bool = False,
@@ -209,6 +204,9 @@ class Connection:
         if not self._opened.done():
             self._opened.set_exception(UplinkError(f"uplink {self.url}: {why}"))
             self._opened.exception()  # whoever waits gets it; nobody need
+        for answer in self._subscribing.values():
+            answer.cancel()
+        self._subscribing.clear()
 
     def _keep_house(self) -> None:
         """Send pings and notice that their answers are missing, once a second."""
@@ -236,30 +234,52 @@ class Connection:
     def _on_disconnect(
         self, client: Any, userdata: Any, flags: paho.DisconnectFlags, reason: ReasonCode, properties: Any
     ) -> None:
-        if not self._opened.done() and self._v5:
-            # an old broker hangs up on the unknown version without a word (MQTT 3.1.1, 3.1.2.2)
-            self._opened.set_exception(ProtocolRefused(f"uplink {self.url}: hung up: {reason}".lower()))
+        why: str | None = None
+        failed = isinstance(self._client.failure, ssl.SSLError)
         if flags.is_disconnect_packet_from_server:
-            self._lose(f"the broker ended it: {reason}".lower())
-        else:  # paho calls a connection that was closed or reset an unspecified error
-            unspecified = reason == "Unspecified error"
-            self._lose("connection lost" if unspecified else str(reason).lower())
+            why = f"the broker ended it: {reason}".lower()
+            if reason.value == SESSION_TAKEN_OVER:
+                self.taken_over = True
+                why = f"another client connects with the id {self.client_id}; is a second gateway of this id running?"
+        elif self._client.failure is not None and failed:
+            why = self._reason(self._client.failure)
+        elif reason != "Unspecified error":  # which is what paho calls a connection that was closed or reset
+            why = str(reason).lower()
+        if not self._opened.done():
+            unopened = refusal(self.url, why, v5=self._v5 and not failed, first_byte=self._client.first_byte)
+            self._opened.set_exception(unopened)
+        self.sudden = why is None
+        self._lose(why or "connection lost")
 
     def _on_publish(self, client: Any, userdata: Any, mid: int, reason: ReasonCode, properties: Any) -> None:
         # 0x10: accepted, but no matching subscribers (MQTT 5.0, 3.4.2.1)
         self.acknowledged(mid, Ack(not reason.is_failure, reason.value != 0x10, str(reason)))
 
+    def _on_subscribe(
+        self, client: Any, userdata: Any, mid: int, reasons: list[ReasonCode], properties: Any
+    ) -> None:
+        answer = self._subscribing.pop(mid, None)
+        if answer is not None and not answer.done():
+            answer.set_result(next((str(reason).lower() for reason in reasons if reason.is_failure), None))
+
     def _on_message(self, client: Any, userdata: Any, message: paho.MQTTMessage) -> None:
         try:
             topic = message.topic
         except UnicodeDecodeError:
-            self._end("the broker sent a topic that is not UTF-8")
+            self.end("the broker sent a topic that is not UTF-8")
             return
         properties = message.properties
-        answer_to = getattr(properties, "ResponseTopic", None)
-        correlation = getattr(properties, "CorrelationData", None)
-        if (take := self._takers.get(topic)) is not None:
-            take(Incoming(bytes(message.payload), message.retain, answer_to, correlation))
+        incoming = Incoming(
+            bytes(message.payload),
+            message.retain,
+            getattr(properties, "ResponseTopic", None),
+            getattr(properties, "CorrelationData", None),
+            message.mid if message.qos else None,
+        )
+        if (take := self._takers.get(_folded(topic))) is not None:
+            take(incoming)
+        else:
+            self.confirm(incoming)
 
     def _on_socket_open(self, client: Any, userdata: Any, sock: Any) -> None:
         self._loop.call_soon_threadsafe(self._watch, sock)
@@ -268,18 +288,30 @@ class Connection:
         if self._dropped:
             sock.close()
         elif sock.fileno() >= 0:
-            self._loop.add_reader(sock, self._readable)
+            self._reader.start(sock)
 
-    def _readable(self) -> None:
-        self._client.loop_read()
-        # paho has no limit for either (2.1): a packet is read to its end whatever its size, and messages of QoS 2,
-        # for which nobody subscribed, are kept until the broker releases them
+    def _read_packet(self) -> bool:
+        """Read and handle one packet; end the connection if the broker does what it must not.
+
+        paho's own `loop_read` reads as many packets as messages are unacknowledged: a flood would hold the event loop,
+        and the longer the more answers wait.
+        """
+        if self._client.socket() is None or self.lost.done():
+            return False
+        result = self._client._packet_read()
+        # paho has no limit for these (2.2): a packet is read to its end whatever its size, messages of QoS 2, for
+        # which nobody subscribed, are kept until the broker releases them, and answers wait for a broker to read them
         if self._client._in_packet["remaining_length"] > MAX_INCOMING_BYTES:
-            self._end(f"the broker sent a message of more than {MAX_INCOMING_BYTES} bytes")
+            self.end(f"the broker sent a message of more than {MAX_INCOMING_BYTES} bytes")
         elif self._client._in_messages:
-            self._end("the broker sent a message of QoS 2, to a subscription of QoS 1")
+            self.end("the broker sent a message of QoS 2, to a subscription of QoS 1")
+        elif self.unsent > MAX_QUEUED_PACKETS:
+            self.end("the broker asks for answers and does not read them")
+        elif result not in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_AGAIN):
+            self._client._loop_rc_handle(result)
+        return result == MQTTErrorCode.MQTT_ERR_SUCCESS
 
-    def _end(self, why: str) -> None:
+    def end(self, why: str) -> None:
         """End a connection whose broker does what it must not; paho may be in the middle of a packet."""
         self._lose(why)
         self._loop.call_soon(self.drop)
@@ -294,27 +326,29 @@ class Connection:
         self._forget(sock)
 
     def _forget(self, sock: Any) -> None:
+        self._reader.stop()
         if sock.fileno() >= 0:
-            self._loop.remove_reader(sock)
             self._loop.remove_writer(sock)
 
     def _on_want_write(self, client: Any, userdata: Any, sock: Any) -> None:
         self._loop.call_soon_threadsafe(self._watch_write, sock)
 
     def _watch_write(self, sock: Any) -> None:
-        if not self._dropped and sock.fileno() >= 0:
+        if self._dropped or sock is None or sock.fileno() < 0:
+            return
+        try:
             self._loop.add_writer(sock, self._client.loop_write)
+        except RuntimeError:  # uvloop gives up its handle where a socket is reset, and tells nobody
+            self.end("connection lost")
 
     def _on_want_no_write(self, client: Any, userdata: Any, sock: Any) -> None:
-        if sock.fileno() >= 0:
+        if sock is not None and sock.fileno() >= 0:
             self._loop.remove_writer(sock)
 
 
-def _tls(login: Login) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=login.ca_file or None)
-        if login.cert_file:
-            context.load_cert_chain(login.cert_file, login.key_file or None)
-    except (OSError, ssl.SSLError) as error:
-        raise UplinkError(f"uplink: ca_file, cert_file or key_file cannot be used: {error}") from None
-    return context
+def _folded(topic: str) -> str:
+    """Return a topic with its dots as slashes: RabbitMQ maps them on each other, `a/b.c` is delivered as `a/b/c`.
+
+    A broker delivers only what was subscribed to, so that nothing else can be taken for it.
+    """
+    return topic.replace(".", "/")

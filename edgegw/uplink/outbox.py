@@ -8,7 +8,8 @@ import logging
 from dataclasses import dataclass, field
 
 from edgegw import clock
-from edgegw.uplink.mqtt import Ack, Connection
+from edgegw.uplink.messages import Ack
+from edgegw.uplink.mqtt import Connection
 
 log = logging.getLogger(__name__)
 

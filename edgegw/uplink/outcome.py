@@ -7,7 +7,7 @@ on the live topics ends the pause, else every live batch would cost one of the b
 
 from enum import Enum
 
-from edgegw.uplink.mqtt import Ack
+from edgegw.uplink.messages import Ack
 
 INITIAL_PAUSE_S = 1.0
 MAX_PAUSE_S = 30.0

@@ -3,40 +3,39 @@
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from edgegw import __version__, clock
-from edgegw.config.load import secret
 from edgegw.config.schema import Config
-from edgegw.domain.command import Replay, ReplayCommand, Reply
+from edgegw.domain.command import Replay, ReplayCommand
 from edgegw.domain.record import Event
-from edgegw.errors import ConfigError, JournalError, UplinkError
+from edgegw.errors import JournalError, UplinkError
 from edgegw.journal.journal import Journal
 from edgegw.journal.writer import Committed
-from edgegw.uplink import mqtt, receipts, replay
+from edgegw.uplink import receipts, replay
+from edgegw.uplink.advice import cleartext
 from edgegw.uplink.attempts import STABLE_S, Attempts
+from edgegw.uplink.commands import Commands, Obey
+from edgegw.uplink.connect_errors import ProtocolRefused, Unanswered, subscription_refused
 from edgegw.uplink.drain import Drain
 from edgegw.uplink.link import Link, advance
+from edgegw.uplink.login import client_id, login
+from edgegw.uplink.messages import Ack, Incoming, Will
+from edgegw.uplink.mqtt import Connection
+from edgegw.uplink.negotiation import connect, protocol
 from edgegw.uplink.outbox import Notice, Outbox
 from edgegw.uplink.receipts import Receipts
 from edgegw.uplink.replay import Replays
-from edgegw.uplink.reply_topics import reply_topics
 from edgegw.uplink.sizes import Sizes
 
 log = logging.getLogger(__name__)
 
 SETTLE_S = 2.0
-COMMANDS = 16
-"""Commands that may be under way at once."""
 GOODBYE_S = 1.0
-
-
-Obey = Callable[[bytes, bool], Awaitable[Reply]]
-"""Takes a command's payload and whether it was retained."""
 
 
 class UplinkService:
@@ -55,18 +54,16 @@ class UplinkService:
         self._config_path = config_path
         self._journal = journal
         self._changed = changed
-        self._obey = obey
-        self._obeying: set[asyncio.Task[None]] = set()
+        self._commands = Commands(config.topic, config.uplink.reply_prefix, obey)
         self._receipts: Receipts | None = None
         self._odd_receipts = 0
         self._replays = Replays()
         self._drain: Drain | None = None
-        self._connection: mqtt.Connection | None = None
+        self._connection: Connection | None = None
         self._outbox: Outbox | None = None
         self._leaving = False
-        self._spoken: dict[
-            str, str
-        ] = {}  # the version that each broker took last: asking for another costs time
+        self._spoken: dict[str, str] = {}  # the version by broker: asking for another costs time
+        self._refused: dict[str, str] = {}  # the broker by topic, whose subscription it refuses
         self._sizes: dict[str, Sizes] = {}
         self._attempts = Attempts(config.uplink.reconnect_jitter.s, random.uniform)
         self._connected_s = 0.0
@@ -86,6 +83,8 @@ class UplinkService:
     async def run(self) -> None:
         """Connect and drain until cancelled."""
         await self._journal.opened.wait()
+        for warning in cleartext(self._config.uplink):
+            log.warning("%s", warning)
         watch = asyncio.create_task(self._watch_island(), name="island watch")
         try:
             while True:
@@ -99,6 +98,7 @@ class UplinkService:
                     self._learn(connection)
                 finally:
                     self._connection = self._drain = self._outbox = self.broker = None
+                    self._commands.end()
                     connection.drop()
                     self._lost_since = clock.mono_s()
                 self._set_link(connected=False)
@@ -124,7 +124,7 @@ class UplinkService:
         else:
             connection.close()
 
-    async def _connect(self) -> mqtt.Connection:
+    async def _connect(self) -> Connection:
         """Try the brokers in order, again and again with jittered back-off, until one has us."""
         most_s = max(2.0, 2 * self._config.uplink.reconnect_jitter.s)
         retrying = AsyncRetrying(
@@ -134,15 +134,16 @@ class UplinkService:
         )
         return await retrying(self._try_brokers)
 
-    async def _try_brokers(self) -> mqtt.Connection:
-        will = mqtt.Will(*self._status("offline"))
+    async def _try_brokers(self) -> Connection:
+        will = Will(*self._status("offline"))
         failures = []
         for url in self._config.uplink.url:
             spoken = self._spoken.get(url, protocol(self._config))
             try:
-                connection = await mqtt.connect(url, spoken, login(self._config, self._config_path), will)
+                presented = login(self._config, self._config_path, client_id(self._config.gateway.id))
+                connection = await connect(url, spoken, presented, will)
             except UplinkError as error:
-                if isinstance(error, mqtt.ProtocolRefused):
+                if isinstance(error, ProtocolRefused | Unanswered):
                     self._spoken.pop(url, None)
                 failures.append(f"{error}{self._hint(error)}")
             else:
@@ -152,16 +153,21 @@ class UplinkService:
 
     def _hint(self, error: UplinkError) -> str:
         """Return what to add to a failure for the operator."""
-        if isinstance(error, mqtt.ProtocolRefused) and self._config.uplink.acknowledge == "subscriber":
+        if self._config.uplink.acknowledge != "subscriber":
+            return ""
+        if isinstance(error, ProtocolRefused):
             return '; acknowledge = "subscriber" needs MQTT 5, which this broker does not speak: use "auto"'
+        if isinstance(error, Unanswered):
+            return '; acknowledge = "subscriber" needs MQTT 5: does this broker speak it?'
         return ""
 
     def _failed(self, state: RetryCallState) -> None:
         self._failures += 1
+        self._attempts.failed()
         if self._failures == 1:
             log.warning("%s; trying again", state.outcome.exception() if state.outcome else "uplink")
 
-    async def _use(self, connection: mqtt.Connection) -> None:
+    async def _use(self, connection: Connection) -> None:
         down_s = clock.mono_s() - self._lost_since
         after = f" after {self._failures} failures, {down_s:.0f} s" if self._failures else ""
         log.info("uplink %s: online, MQTT %s%s", connection.url, connection.protocol, after)
@@ -175,30 +181,51 @@ class UplinkService:
             self._awaited_receipts(), self._replays, self._sizes.setdefault(connection.url, Sizes()), outbox,
         )  # fmt: skip
 
-        def acknowledged(mid: int, ack: mqtt.Ack) -> None:
+        def acknowledged(mid: int, ack: Ack) -> None:
             self.acknowledgements += 1
             self.acknowledged_ms = clock.wall_ms()
             if outbox.acknowledge(mid, ack):
+                self._commands.proceed()
                 drain.wake()
             else:
                 drain.acknowledge(mid, ack)
 
         connection.acknowledged = acknowledged
         outbox.send(Notice(*self._status("online"), retain=True))
-        connection.subscribe(f"{self._config.topic}/cmd", lambda incoming: self._command(outbox, incoming))
+        self._commands.begin(connection, outbox)
+        self._subscribe(connection, f"{self._config.topic}/cmd", self._commands.arrived)
         if self._wants_receipts:
-            connection.subscribe(f"{self._config.topic}/ack", self._receipt)
+            self._subscribe(connection, f"{self._config.topic}/ack", self._receipt)
         self._set_link(connected=self._up)
         await drain.run()
 
-    def _learn(self, connection: mqtt.Connection) -> None:
-        """Note how long a connection lasted, and what was in flight at its end."""
+    def _subscribe(self, connection: Connection, topic: str, take: Callable[[Incoming], None]) -> None:
+        """Subscribe, and say once if the broker refuses: then nothing of that topic arrives."""
+
+        def answered(answer: asyncio.Future[str | None]) -> None:
+            if answer.cancelled():
+                return
+            reason = answer.result()
+            if reason is None:
+                self._refused.pop(topic, None)
+            elif self._refused.get(topic) != connection.url:
+                self._refused[topic] = connection.url
+                log.error("uplink %s: %s", connection.url, subscription_refused(topic, reason))
+
+        connection.subscribe(topic, take).add_done_callback(answered)
+
+    def _learn(self, connection: Connection) -> None:
+        """Note how long a connection lasted, how it ended, and what was in flight at its end."""
         now_s = clock.mono_s()
         lasted_s = now_s - self._connected_s
-        self._attempts.ended(lasted_s)
-        if self._drain is not None:
-            stable = lasted_s >= STABLE_S
-            self._sizes[connection.url].lost(self._drain.in_flight, now_s, stable=stable)
+        in_flight = [] if self._drain is None else self._drain.in_flight
+        self._sizes[connection.url].lost(in_flight, now_s, stable=lasted_s >= STABLE_S)
+        sudden = connection.sudden and not in_flight
+        if self._attempts.ended(lasted_s, taken_over=connection.taken_over, sudden=sudden):
+            log.warning(
+                "uplink %s: connections end without a reason soon after they began; does another client connect with "
+                "the id %s, such as a second gateway of this id?", connection.url, connection.client_id,
+            )  # fmt: skip
 
     @property
     def _up(self) -> bool:
@@ -218,8 +245,10 @@ class UplinkService:
             self._receipts = Receipts(stream, clock.mono_s())
         return self._receipts
 
-    def _receipt(self, incoming: mqtt.Incoming) -> None:
+    def _receipt(self, incoming: Incoming) -> None:
         """Take a receipt; one that is retained may be of any age, and counts for nothing."""
+        if self._connection is not None:
+            self._connection.confirm(incoming)
         if incoming.retained or self._drain is None:
             return
         try:
@@ -253,26 +282,6 @@ class UplinkService:
             self._drain.replay()
         return True
 
-    def _command(self, outbox: Outbox, incoming: mqtt.Incoming) -> None:
-        """Have a command obeyed, and answer it; more than a few at a time are refused."""
-        task = asyncio.create_task(self._answer(outbox, incoming, len(self._obeying) < COMMANDS))
-        self._obeying.add(task)
-        task.add_done_callback(self._obeying.discard)
-
-    async def _answer(self, outbox: Outbox, incoming: mqtt.Incoming, room: bool) -> None:
-        if room:
-            reply = await self._obey(incoming.payload, incoming.retained)
-        else:
-            reply = Reply(None, False, f"busy with {COMMANDS} commands; try again")
-        if outbox is not self._outbox:
-            return  # the connection that asked is gone
-        body = msgspec.json.encode(reply.wire())
-        prefix = self._config.uplink.reply_prefix
-        for topic in reply_topics(self._config.topic, incoming.answer_to, prefix):
-            outbox.send(
-                Notice(topic, body, content_type="application/json", correlation=incoming.correlation)
-            )
-
     def _status(self, state: str) -> tuple[str, bytes]:
         """Return the topic and payload that say the gateway's state."""
         payload = {
@@ -289,6 +298,7 @@ class UplinkService:
             self._set_link(connected=self._up)
             if self._outbox is not None:
                 self._outbox.resend()
+            self._commands.check_deadlines()
             await asyncio.sleep(min(1.0, max(0.05, self._config.uplink.island_after.s / 4)))
 
     def _set_link(self, *, connected: bool) -> None:
@@ -304,22 +314,3 @@ class UplinkService:
             fields = {"state": link.state, "from": was.state}
             self._journal.append(Event(link.since_ms, "link", fields))
             self._changed(link)
-
-
-def protocol(config: Config) -> str:
-    """Return the MQTT versions to try: only MQTT 5 tells whether somebody was subscribed."""
-    return "5" if config.uplink.acknowledge == "subscriber" else config.uplink.protocol
-
-
-def login(config: Config, config_path: Path, suffix: str = "") -> mqtt.Login:
-    """Return how the gateway presents itself to its brokers; raise UplinkError if the password cannot be read."""
-    uplink = config.uplink
-    try:
-        password = secret(uplink.password_file, config_path) if uplink.password_file else ""
-    except ConfigError as error:
-        raise UplinkError(f"uplink.password_file: {error}") from None
-    files = [
-        str(config_path.parent / name) if name else ""
-        for name in (uplink.ca_file, uplink.cert_file, uplink.key_file)
-    ]
-    return mqtt.Login(f"edgegw-{config.gateway.id}{suffix}", uplink.username, password, *files)
