@@ -4,11 +4,14 @@ import asyncio
 import random
 import socket
 import struct
+import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
+import uvloop
 from control_field import Operator, command, configuration, event, running, site, stop
 from gateway_rig import config, device, gateway, until
 from mqtt_proxy import make_packet, read_packet
@@ -16,8 +19,10 @@ from paho.mqtt import client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 from rig import free_port, mosquitto, needs_mosquitto
 
+from edgegw.errors import UplinkError
 from edgegw.uplink.login import Login
 from edgegw.uplink.mqtt import MAX_INCOMING_BYTES, MAX_QUEUED_PACKETS, Connection
+from edgegw.uplink.negotiation import connect
 from edgegw.uplink.reply_topics import OWN_LEVELS, reply_topics
 
 BASE = "edgegw/site-7"
@@ -263,3 +268,45 @@ async def test_p4_a_broker_that_asks_for_answers_and_reads_none_loses_the_connec
         assert connection.unsent <= MAX_QUEUED_PACKETS + 1
         connection.drop()
         server.close()
+
+
+def test_a_connection_that_is_reset_at_once_is_lost_in_good_order_whatever_the_loop_makes_of_it() -> None:
+    """Under uvloop, as in the daemon: it gives up its handle of a socket that is reset, and tells nobody."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    rounds = 200
+
+    def serve() -> None:
+        numbers = random.Random(3)
+        with suppress(OSError):
+            while True:
+                one, _ = listener.accept()
+                with one, suppress(OSError):
+                    one.recv(4096)
+                    one.sendall(b"\x20\x03\x00\x00\x00" + numbers.choice((b"", b"\xd0\x00" * 50)))
+                    time.sleep(numbers.choice((0.0, 0.0005, 0.002)))
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    async def use() -> tuple[int, list[dict[str, object]]]:
+        faults: list[dict[str, object]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
+        url, lost = f"mqtt://127.0.0.1:{listener.getsockname()[1]}", 0
+        for number in range(rounds):
+            with suppress(UplinkError):
+                connection = await connect(url, "5", Login(f"c{number}", "", "", "", "", ""))
+                connection.publish("a", b"x" * 200_000)
+                connection.publish("a", b"x")
+                async with asyncio.timeout(60.0):
+                    await asyncio.wait([connection.lost])
+                connection.drop()
+                lost += 1
+        return lost, faults
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            lost, faults = runner.run(use())
+    finally:
+        listener.close()
+    assert faults == []
+    assert lost > rounds // 4, "so many were open when they were reset"
