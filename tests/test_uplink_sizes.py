@@ -252,7 +252,7 @@ async def test_p2_what_a_broker_hangs_up_on_is_held_aside_and_neither_connection
         with gateway(tmp_path, made) as run:
             await until(lambda: run.said("ends the connection at messages of"), "the hint", 60)
             count = len(seen.batches("data"))
-            await until(lambda: len(seen.batches("data")) > count + 20, "live batches")
+            await until(lambda: len(seen.batches("data")) > count + 20, "live batches", 100)
             await until(lambda: run.said("is held aside in the journal, the others are sent"), "the rest")
             head = journal_head(tmp_path)
             await until(lambda: min(pending(tmp_path, head)) > 3000, "all that is small enough", 60)

@@ -202,7 +202,7 @@ async def test_a_terminator_that_packs_all_into_one_record_leaves_nothing_unread
             writer.write(b"\x20\x03\x00\x00\x00")
             subscribe = await reader.read(1024)
             writer.write(b"\x90\x04" + subscribe[2:4] + b"\x00\x01" + message * count)
-            await reader.read(1024)
+            await reader.read()
         writer.close()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as server:
