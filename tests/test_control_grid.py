@@ -139,3 +139,9 @@ def test_a_plant_learns_in_which_types_a_device_holds_its_tags_and_forgets_none_
         "float32",
     ]
     assert made.limits["a.x"].grid.kind == "float64"
+
+
+def test_what_the_grid_says_of_a_register_is_what_its_driver_tells() -> None:
+    """Also where an offset takes away most digits of the product: 2731 * 0.1 - 273.15 is -0.05."""
+    assert Grid("integer", 0.1, -273.15).nearest(-0.04) == -0.05
+    assert Grid("integer", 0.1).nearest(26.91) == 26.9

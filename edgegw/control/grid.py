@@ -7,6 +7,8 @@ import struct
 from math import inf, isfinite
 from typing import Literal, NamedTuple
 
+from edgegw.drivers.scaling import scaling
+
 Kind = Literal["integer", "float32", "float64"]
 
 
@@ -54,10 +56,9 @@ class Grid(NamedTuple):
                 return self._told(near)
         return None
 
-    def _told(self, raw: float) -> float:
+    def _told(self, raw: int) -> float:
         """Return a raw number as a driver tells it: as the decimal that is meant."""
-        value = raw * self.scale + self.offset
-        return float(f"{value:.15g}") if abs(value) < EXACT else value
+        return scaling(self.scale, self.offset).whole(raw)
 
     def _single(self, value: float, low: float, high: float) -> float | None:
         try:
@@ -75,10 +76,6 @@ class Grid(NamedTuple):
         """Tell whether a raw float32 lies there; the last digits of a double, which scaling costs, do not count."""
         value = raw * self.scale + self.offset
         return low - abs(low) * 1e-14 <= value <= high + abs(high) * 1e-14
-
-
-EXACT = 1e15
-"""Up to here a double tells all the decimals that are meant, and more."""
 
 
 def _neighbour(raw: float, direction: int) -> float:
