@@ -106,6 +106,8 @@ class Process:
                 pipe.close()
 
 
+NO_DISK = ("prlimit", "--fsize=0")
+"""Starts a program that no disk takes a byte of: each write to a file fails (setrlimit(2), RLIMIT_FSIZE)."""
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 
 

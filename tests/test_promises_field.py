@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from field import Answer, Field, field, frame
 from gateway_rig import Subscriber, config, device, gateway, union, until
-from rig import Process, free_port, mosquitto, needs_strace
+from rig import NO_DISK, Process, free_port, mosquitto, needs_strace
 from serial_gateway import serial_gateway
 
 
@@ -290,13 +290,9 @@ async def test_p4_memory_is_bounded_while_the_disk_hangs(tmp_path: Path) -> None
 
 
 async def test_p6_devices_are_polled_whatever_the_broker_and_the_journal_do(tmp_path: Path) -> None:
-    """No broker, and a journal on a path that cannot be written."""
+    """No broker, and a disk that takes nothing."""
     async with field() as made:
-        blocked = tmp_path / "file"
-        blocked.write_text("not a folder")
-        sections = {"journal": {"path": str(blocked / "journal.db")}}
-        with gateway(tmp_path, config(free_port(), {"meter": device(made.port)}, **sections)) as run:
-            await until(lambda: made.counts[1] > 20, "scans")
-            assert run.said("records wait in memory")
+        with gateway(tmp_path, config(free_port(), {"meter": device(made.port)}), *NO_DISK) as run:
+            await until(lambda: made.counts[1] > 20 and run.said("records wait in memory"), "scans")
             run.send(signal.SIGTERM)
             await asyncio.to_thread(run.end)

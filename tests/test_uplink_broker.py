@@ -6,6 +6,7 @@ import ipaddress
 import json
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from field import Field, field
-from gateway_rig import Subscriber, config, device, gateway, union, until
-from rig import MOSQUITTO, Process, free_port, mosquitto, needs_mosquitto
+from gateway_rig import Proxy, Subscriber, config, device, gateway, union, until
+from rig import MOSQUITTO, Process, free_port, mosquitto, needs_mosquitto, wait_for_port
 
 
 @pytest.fixture
@@ -142,21 +143,25 @@ async def test_compressed_payloads_are_one_zstd_frame_of_the_same_json(tmp_path:
 
 async def test_a_broker_that_speaks_only_3_1_1(tmp_path: Path, meter: Field) -> None:
     """amqtt stays silent to a CONNECT of MQTT 5: the gateway falls back, and remembers at the next connection."""
-    port = free_port()
-    broker = (sys.executable, "-m", "edgegw.demo.broker", str(port))
-    with gateway(tmp_path, config(port, {"m": device(meter.port)})) as run:
-        with Process(*broker) as first:
-            await until(lambda: run.said("online, MQTT 3.1.1"), "the fallback")
-            first.send(signal.SIGKILL)
-        await until(lambda: run.said("records stay in the journal"), "the loss")
-        assert run.said("connection lost; records stay in the journal")
+    port, first_port, second_port = free_port(), free_port(), free_port()
+    broker = (sys.executable, "-m", "edgegw.demo.broker")
+    with ExitStack() as stack, gateway(tmp_path, config(port, {"m": device(meter.port)})) as run:
+        with Process(*broker, str(first_port)) as first:
+            async with Proxy(first_port, port=port):
+                await until(lambda: run.said("online, MQTT 3.1.1"), "the fallback")
+            first.send(signal.SIGKILL)  # behind a way that nobody listens on any more
+            await until(lambda: run.said("connection lost; records stay in the journal"), "the loss")
         run.lines.clear()
-        with Process(*broker):
-            await until(lambda: run.said("online"), "the second broker")
-            with Subscriber(port, protocol=4) as seen:
+        with Process(*broker, str(second_port)):
+            await asyncio.to_thread(wait_for_port, second_port)
+            seen = stack.enter_context(Subscriber(second_port, protocol=4))
+            async with Proxy(
+                second_port, port=port
+            ):  # now that it answers: a broker that starts is another matter
+                await until(lambda: run.said("online"), "the second broker")
                 await until(lambda: len(seen.batches("data")) > 3, "batches")
-            assert not run.said("trying 3.1.1")
-            await stopped(run)
+                assert not run.said("trying 3.1.1")
+                await stopped(run)
 
 
 async def test_a_small_receive_maximum_is_kept_to(tmp_path: Path, meter: Field) -> None:
