@@ -13,8 +13,9 @@ import pytest
 from control_field import event, stop
 from field import field, frame
 from gateway_rig import TAGS, config, device, gateway, until
-from rig import Process, free_port, mosquitto
+from rig import NO_DISK, Process, free_port, mosquitto
 from test_cli_commands import arun, written
+from test_uplink_hostile import hostile_broker
 
 
 async def get(port: int, path: str, method: str = "GET") -> tuple[int, str, bytes]:
@@ -44,9 +45,9 @@ async def codes(port: int) -> tuple[int, str, dict[str, str]]:
     )
 
 
-async def reaches(port: int, status: int, *expected: str) -> dict[str, str]:
+async def reaches(port: int, status: int, *expected: str, deadline_s: float = 60.0) -> dict[str, str]:
     """Wait until /healthz has just these problems; return what they are about."""
-    async with asyncio.timeout(60.0):
+    async with asyncio.timeout(deadline_s):
         while True:
             found, state, problems = await codes(port)
             if (found, *sorted(problems)) == (status, *sorted(expected)):
@@ -76,6 +77,31 @@ async def test_healthz_is_true_of_devices_link_and_journal(tmp_path: Path) -> No
                 assert sorted(await reaches(port, 200, "tags-bad")) == ["tags-bad"]
                 plant.behave.clear()
                 await reaches(port, 200)
+            await stop(run)
+
+
+async def test_healthz_is_failing_where_the_disk_takes_nothing(tmp_path: Path) -> None:
+    port = free_port()
+    async with field() as plant:
+        made = config(free_port(), {"a": device(plant.port)}, status={"http": f"127.0.0.1:{port}"})
+        with gateway(tmp_path, made, *NO_DISK) as run:
+            await until(lambda: plant.counts[1] > 2, "scans")
+            problems = await reaches(port, 503, "journal-error", "link-lost")
+            assert str(tmp_path / "journal.db") in problems["journal-error"]
+            run.send(signal.SIGKILL)
+            await asyncio.to_thread(run.end)
+
+
+async def test_healthz_is_failing_where_the_broker_confirms_nothing(tmp_path: Path) -> None:
+    """It takes connections and messages, and acknowledges none: the uplink leaves it and comes back, over and over."""
+    port, broker_port = free_port(), free_port()
+    async with field() as plant, hostile_broker(b"", broker_port) as broker:
+        made = config(broker_port, {"a": device(plant.port)}, status={"http": f"127.0.0.1:{port}"})
+        with gateway(tmp_path, made) as run:
+            await until(lambda: run.said("online"), "the broker")
+            problems = await reaches(port, 503, "no-acknowledgement", deadline_s=250.0)
+            assert "has confirmed nothing for" in problems["no-acknowledgement"]
+            assert broker.connections > 1, "over more than one connection"
             await stop(run)
 
 

@@ -16,7 +16,9 @@ from edgegw.status.snapshot import DeviceStatus, JournalStatus, LinkStatus, Snap
 
 EVERY_S = 1.0
 JOURNAL_S = 2.0
-"""How long the journal's figures may take before its disk counts as hung."""
+"""How long the journal's figures are waited for; then the last ones are shown."""
+HUNG_S = 10.0
+"""How old these may be before the disk counts as hung."""
 CERTIFICATES_EVERY_S = 3600.0
 
 
@@ -105,6 +107,7 @@ class StatusService:
         self._history = health.History()
         self._silence = health.Silence()
         self._condition = Condition("", 0, 0, 0, 0, 0, None, None)
+        self._answered_s = clock.mono_s()
         self._certificates: Mapping[str, float] = {}
         self._certificates_s = -inf
 
@@ -174,9 +177,12 @@ class StatusService:
             async with asyncio.timeout(JOURNAL_S):
                 self._condition = await self._journal.condition()
         except TimeoutError:
-            return self._condition._replace(
-                error=f"journal {self._journal.path}: the disk gives no answer in {JOURNAL_S:.0f} s"
-            )
+            silent_s = clock.mono_s() - self._answered_s
+            if silent_s > HUNG_S:
+                error = f"journal {self._journal.path}: the disk has given no answer for {silent_s:.0f} s"
+                return self._condition._replace(error=error)
+        else:
+            self._answered_s = clock.mono_s()
         return self._condition
 
     def _valid_for_s(self, config: Config, now_s: float) -> Mapping[str, float]:
