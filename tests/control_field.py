@@ -107,7 +107,7 @@ def configuration(
     made: Site, rules: dict[str, Any], *, broker_port: int | None = None, every: str = "50ms",
     limits: dict[str, Any] | None = None, **sections: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return a configuration of the site. Rules are patient with a slow machine: stale_after is 5 s."""
+    """Return a configuration of the site. Rules are patient with a slow machine: stale_after is 30 s."""
     url = f"tcp://127.0.0.1:{made.field.port}"
     base = {"driver": "modbus", "url": url, "every": every, "timeout": "300ms"}
     setpoint = {
@@ -131,7 +131,7 @@ def configuration(
             },
         },
     }
-    patient = {name: {"stale_after": "5s"} | rule for name, rule in rules.items()}
+    patient = {name: {"stale_after": "30s"} | rule for name, rule in rules.items()}
     return config(broker_port or free_port(), devices, rule=patient, **sections)
 
 
