@@ -317,7 +317,7 @@ class Gateway:
     async def _answer_read(self, asked: object) -> dict[str, Any]:
         """Answer a `read` request, by a device's name and its configuration's fingerprint, with a reading of now.
 
-        `other` tells that this gateway runs no device of this configuration: it may be read beside it.
+        `other` tells that this gateway runs no device of this configuration: the command may read it directly.
         """
         match asked:
             case {"device": str(name), "fingerprint": str(wanted)} if name in self._scanners:

@@ -1,4 +1,4 @@
-"""One reading of a device by hand: through the gateway where one runs, for some devices serve one connection only."""
+"""One reading of a device for a command: through the gateway if one runs, since some devices serve one connection."""
 
 import asyncio
 from collections.abc import Mapping

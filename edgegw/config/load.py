@@ -22,7 +22,7 @@ SERVICE_CREDENTIALS = Path("/run/credentials/edgegw.service")
 """Where systemd keeps the credentials of the packaged service while it runs."""
 
 MOST_PROBLEMS = 200
-"""So many mistakes are told at once; looking for the nearest key costs a millisecond each."""
+"""So many mistakes are reported at once; looking for the nearest key costs a millisecond each."""
 
 Problem = tuple[tuple[str, ...], str]
 """A place in the configuration, and what is wrong there."""

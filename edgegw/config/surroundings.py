@@ -1,4 +1,4 @@
-"""What a configuration needs of the machine beside it: the journal's folder, and secrets that only we may read."""
+"""What a configuration needs of its machine: the journal's folder, and files with secrets that others cannot read."""
 
 import errno
 import os

@@ -247,7 +247,7 @@ class _Step:
                 continue
             self.events.append(("authority", {"tag": setpoint, "owner": owner, "was": was}))
             if (failure := self.failures.get(setpoint)) is not None and failure.final:
-                self.failures[setpoint] = failure._replace(final=False)  # somebody asks anew: it may be tried
+                self.failures[setpoint] = failure._replace(final=False)  # another owner asks: it may be tried
             if owner is None:
                 del self.owners[setpoint]
             else:

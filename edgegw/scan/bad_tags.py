@@ -7,7 +7,7 @@ from edgegw.domain.quality import is_bad
 NAMED = 8
 """So many tags are named in a line."""
 CALM_S = 60.0
-"""A tag that was bad is named anew only after all tags have been good for so long: one that flutters fills no log."""
+"""A tag that was bad is named again only after all tags have been good for so long: one that flutters fills no log."""
 
 
 def bad(quality: Mapping[str, str]) -> dict[str, str]:

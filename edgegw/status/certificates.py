@@ -9,7 +9,7 @@ from cryptography import x509
 def valid_for_s(files: Iterable[Path], now_s: float) -> dict[str, float]:
     """Return for each file (PEM or DER) how long its first certificate to end is valid, in seconds from `now_s` (Unix).
 
-    A file that cannot be read, or holds none, is left out: whoever needs it says so.
+    A file that cannot be read, or holds none, is left out: the connection that needs it reports it.
     """
     found: dict[str, float] = {}
     for file in files:

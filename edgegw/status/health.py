@@ -18,7 +18,7 @@ CONTROL_STOPPED_S = 15.0
 FULL = 0.9
 """The share of a disk or journal above which it counts as full."""
 CERTIFICATE_S = 30 * 86_400.0
-"""How long before its end a certificate is told of."""
+"""How long before its expiry a certificate counts as a problem."""
 
 State = Literal["ok", "degraded", "failing"]
 

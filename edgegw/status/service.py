@@ -112,7 +112,7 @@ class StatusService:
         self._certificates_s = -inf
 
     async def run(self) -> None:
-        """Judge each second until cancelled, so that `since` is right whoever asks when."""
+        """Judge each second until cancelled, so that `since` is right at any time."""
         while True:
             await self.health()
             await asyncio.sleep(EVERY_S)
