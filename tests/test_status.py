@@ -195,6 +195,24 @@ async def test_a_device_that_serves_one_connection_is_read_through_the_running_g
             await stop(run)
 
 
+async def test_check_asks_a_gateway_for_more_devices_than_its_socket_serves_connections(
+    tmp_path: Path,
+) -> None:
+    broker = free_port()
+    async with field() as plant:
+        devices = {f"d{unit}": device(plant.port, unit) for unit in range(1, 31)}
+        made = config(broker, devices)
+        path = written(tmp_path, made)
+        with mosquitto(tmp_path, broker), gateway(tmp_path, made) as run:
+            await until(lambda: all(plant.counts[unit] for unit in range(1, 31)), "scans")
+            connections = plant.connections
+            code, out, said = await arun("check", "--connect", "-c", path)
+            assert code == 0, out + said
+            assert out.count("  ok ") == 31
+            assert plant.connections == connections
+            await stop(run)
+
+
 async def test_status_finds_a_running_gateway_without_http(tmp_path: Path) -> None:
     broker = free_port()
     async with field() as plant:

@@ -12,6 +12,7 @@ from edgegw.cli.options import config_option, json_option, load_config, print_js
 from edgegw.errors import ConfigError, EdgegwError
 
 if TYPE_CHECKING:
+    from edgegw.cli.daemon import Place
     from edgegw.config.schema import Config
 
 BROKER_S = 10.0
@@ -83,20 +84,24 @@ def _journal_notes(config: "Config", path: Path) -> list[str]:
 
 async def _connect(config: "Config", path: Path) -> dict[str, str | None]:
     """Try everything at once; return what went wrong by name, None for what is well."""
+    from edgegw.cli.daemon import locate
+    from edgegw.cli.reading import ASKING
+
+    place, asking = locate(config, path), asyncio.Semaphore(ASKING)
     names = [*(f"device.{name}" for name in config.device), *(f"uplink {url}" for url in config.uplink.url)]
     tries = [
-        *(_device(config, path, name) for name in config.device),
+        *(_device(config, place, name, asking) for name in config.device),
         *(_broker(config, path, url) for url in config.uplink.url),
     ]
     return dict(zip(names, await asyncio.gather(*tries), strict=True))
 
 
-async def _device(config: "Config", path: Path, name: str) -> str | None:
+async def _device(config: "Config", place: "Place", name: str, asking: asyncio.Semaphore) -> str | None:
     from edgegw.cli.reading import read
     from edgegw.scan.bad_tags import listed
 
     try:
-        reading = await read(config, path, name)
+        reading = await read(config, place, name, asking)
     except EdgegwError as error:
         return str(error)
     return f"device.{name}: {listed(reading.bad, len(config.device[name].tags))}" if reading.bad else None

@@ -19,6 +19,7 @@ def command(device: str, tags: tuple[str, ...], config_path: Path | None, as_jso
 
     A running gateway is asked to read it, else the device itself. Exit 1 if any of the tags is bad.
     """
+    from edgegw.cli.daemon import locate
     from edgegw.cli.reading import read
 
     config, path = load_config(config_path)
@@ -32,7 +33,7 @@ def command(device: str, tags: tuple[str, ...], config_path: Path | None, as_jso
     for name in wanted:
         if name not in known:
             raise click.UsageError(f"device {device} has no tag {name!r}; it has: {', '.join(known)}")
-    found = asyncio.run(read(config, path, device))
+    found = asyncio.run(read(config, locate(config, path), device, asyncio.Semaphore()))
     names = [name for name in known if name in (wanted or known)]
     quality = {name: "bad:no-value" for name in names if name not in found.values} | dict(found.quality)
     if as_json:

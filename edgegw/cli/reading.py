@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgegw.cli.daemon import Place, converse
@@ -13,6 +12,8 @@ if TYPE_CHECKING:
     from edgegw.config.schema import Config
 
 READ_S = 15.0
+ASKING = 4
+"""Questions to the gateway at once: its socket serves eight connections."""
 
 
 class Reading(NamedTuple):
@@ -34,17 +35,17 @@ class Reading(NamedTuple):
         return bad(self.quality)
 
 
-async def read(config: "Config", config_path: Path, device: str) -> Reading:
+async def read(config: "Config", place: Place, device: str, asking: asyncio.Semaphore) -> Reading:
     """Read all tags of a device once; raise EdgegwError with what is in the way.
 
-    The gateway that runs this configuration is asked; where none does, or it has another device of this name, the
-    device itself.
+    The gateway that runs this configuration is asked, as far as `asking` allows; where none does, or it has another
+    device of this name, the device itself.
     """
-    from edgegw.cli.daemon import locate
-
-    place = locate(config, config_path)
-    if place.pid is not None and (asked := await asyncio.to_thread(_ask, config, place, device)) is not None:
-        return asked
+    if place.pid is not None:
+        async with asking:
+            asked = await asyncio.to_thread(_ask, config, place, device)
+        if asked is not None:
+            return asked
     return await _read(config, device)
 
 
