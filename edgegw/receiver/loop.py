@@ -167,7 +167,7 @@ class Receiver:
             return intake.take(topic, payload)
         except (SinkError, SinkUnusable, BrokenPipeError):
             raise
-        except Exception as error:
+        except Exception as error:  # what anybody may send costs that message, not the receiver
             reason = printable(f"{type(error).__name__}: {error}")
             self._failed[digest(payload)] = reason
             raise _PayloadError(f"{topic}: {len(payload)} bytes cannot be processed: {reason}") from error

@@ -44,7 +44,7 @@ async def connect(url: str, protocol: str, login: Login, will: Will | None = Non
 async def _open(connection: Connection, *patience_s: float) -> Connection:
     try:
         await connection.open(*patience_s)
-    except BaseException:
+    except BaseException:  # also where it is cancelled: no socket is left behind
         connection.drop()
         raise
     return connection
